@@ -1,0 +1,1 @@
+"""Edit streams and probes; text only, no model and no tokenizer."""

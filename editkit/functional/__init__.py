@@ -1,0 +1,1 @@
+"""Pure tensor functions: every formula of every paper, cited and tested."""

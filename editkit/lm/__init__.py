@@ -1,0 +1,1 @@
+"""The only floor that knows transformers: loading, encoding, tracing, generating."""
