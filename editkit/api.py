@@ -1,0 +1,224 @@
+"""The Python door: load a model, edit it, ask it, undo, save. No Trainer needed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+
+from editkit.adapters.io import replacing
+from editkit.edits import Edit, Probe
+from editkit.export import export_model
+from editkit.lm.load import resolve_dtype
+from editkit.lm.spec import LMSpec
+from editkit.methods.artefact import build_method, load_edits, save_edits
+from editkit.methods.base import EditModule
+from editkit.metrics.evaluate import EvalProtocol
+
+
+class EditedLM:
+    """A language model that takes corrections one after another.
+
+    Args:
+        method: The method that writes them; `editkit.load` makes it.
+    """
+
+    def __init__(self, method: EditModule) -> None:
+        method.start()
+        self.method = method
+
+    @property
+    def lm(self) -> Any:
+        """The `EditableLM` inside: encode, forward, generate on tensors."""
+        return self.method.lm
+
+    @property
+    def ledger(self) -> list[dict[str, Any]]:
+        """Every applied edit, in order: text, losses, norm of its change."""
+        return self.method.ledger
+
+    def edit(
+        self,
+        prompt: str,
+        target: str,
+        subject: str | None = None,
+        rephrases: tuple[str, ...] = (),
+        negatives: tuple[str, ...] = (),
+    ) -> dict[str, float]:
+        """Make `prompt` continue with `target`.
+
+        Args:
+            prompt: Text up to the answer.
+            target: The answer.
+            subject: Entity the fact is about; locate-then-edit methods need it.
+            rephrases: Other wordings the method may train on.
+            negatives: Unrelated texts the method may see.
+
+        Returns:
+            The numbers of this edit, such as `loss_before` and `loss_after`.
+        """
+        edit_id = self.method.edits_seen
+        return self.edit_batch(
+            [Edit(edit_id, prompt, target.strip(), subject, tuple(negatives), tuple(rephrases))]
+        )
+
+    def edit_batch(self, edits: list[Edit]) -> dict[str, float]:
+        """Write several edits at once, as one step of the method.
+
+        Raises:
+            ValueError: If a text is empty or a subject is not in its prompt.
+        """
+        for edit in edits:
+            if not edit.prompt.strip() or not edit.target.strip():
+                raise ValueError(f"edit {edit.id} needs a prompt and a target, got {edit!r}")
+            if edit.subject is not None and edit.subject not in edit.prompt:
+                raise ValueError(
+                    f"subject {edit.subject!r} not found in prompt {edit.prompt!r} (edit {edit.id})"
+                )
+        return self.method.apply_edits(edits)
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = ..., stop: tuple[str, ...] = ...) -> str: ...
+    @overload
+    def generate(
+        self, prompt: list[str], max_new_tokens: int = ..., stop: tuple[str, ...] = ...
+    ) -> list[str]: ...
+    def generate(
+        self, prompt: str | list[str], max_new_tokens: int = 50, stop: tuple[str, ...] = ("\n",)
+    ) -> str | list[str]:
+        """Answer one prompt or several, greedily, up to EOS or the first stop string."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        answers: list[str] = self.lm.generate(prompts, max_new_tokens, stop)
+        for mark in stop:
+            answers = [answer.split(mark)[0] for answer in answers]
+        return answers[0] if isinstance(prompt, str) else answers
+
+    def score(self, probes: list[Probe]) -> list[dict[str, Any]]:
+        """Score probes as a run does; one row per probe and kind."""
+        return self.method.score(probes)
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """Be the base model inside the context, bit for bit."""
+        context: AbstractContextManager[None] = self.lm.unedited()
+        return context
+
+    def undo(self, edit_id: int) -> None:
+        """Take one edit out exactly.
+
+        Raises:
+            UndoRefused: If the method cannot; the text says why.
+        """
+        self.method.undo_edit(edit_id)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the edits and the ledger; `editkit.load_edited` brings them back."""
+        folder = Path(folder)
+        save_edits(folder, self.method)
+        with replacing(folder / "edits.jsonl") as temporary:
+            lines = "".join(json.dumps(entry) + "\n" for entry in self.ledger)
+            temporary.write_text(lines, encoding="utf-8")
+
+    def export(self, folder: str | Path) -> None:
+        """Write a plain Hugging Face folder with the edits merged into the weights.
+
+        Raises:
+            ValueError: If a layer depends on its input and cannot be merged.
+        """
+        export_model(self.lm, Path(folder))
+
+
+def load(
+    model: str = "factworld",
+    method: str | type[EditModule] = "ft",
+    device: str = "cpu",
+    dtype: str = "float32",
+    lm: LMSpec | None = None,
+    **arguments: Any,
+) -> EditedLM:
+    """Load a model to edit.
+
+    Args:
+        model: Hub id, local folder, or `factworld`.
+        method: File name in `editkit.methods` such as `ft`, a class path, or a class.
+        device: Such as `cpu` or `cuda`.
+        dtype: Dtype of the base weights; edits are fp32 whatever it is.
+        lm: A whole spec instead of `model` and `dtype`.
+        arguments: Constructor arguments of the method.
+
+    Raises:
+        ValueError: If the model or the method is not there; the text names the fix.
+    """
+    spec = lm or LMSpec(id=model, dtype=dtype)
+    resolve_dtype(spec.dtype, torch.float32)
+    path = method_path(method)
+    module = build_method(path, lm=spec, evaluation=EvalProtocol(), **arguments)
+    module.configure_model()
+    return EditedLM(module.to(device))
+
+
+def load_edited(
+    folder: str | Path,
+    device: str = "cpu",
+    dtype: str = "float32",
+    lm: LMSpec | None = None,
+    trust: bool = False,
+) -> EditedLM:
+    """Load an edited model from a run folder, onto the base it was edited on.
+
+    Args:
+        folder: A run folder, or what `EditedLM.save` wrote.
+        device: Such as `cpu` or `cuda`.
+        dtype: Dtype of the base weights where the artefact names none.
+        lm: Where the base lies now, if elsewhere than recorded; its weights must be the same.
+        trust: Allow a method class from outside `editkit.methods`: that runs its code.
+
+    Raises:
+        ValueError: If the artefact is damaged, from another base, or not trusted.
+    """
+    folder = Path(folder)
+    method = load_edits(folder, lm, resolve_dtype(dtype, torch.float32), device, trust)
+    ledger = folder / "edits.jsonl"
+    if ledger.is_file():
+        lines = ledger.read_text(encoding="utf-8").splitlines()
+        method.ledger = [json.loads(line) for line in lines]
+    return EditedLM(method)
+
+
+def method_path(method: str | type[EditModule]) -> str:
+    """Return the class path of a method given by file name, class path, or class.
+
+    Raises:
+        ValueError: If a bare name is no file of `editkit.methods`.
+    """
+    if not isinstance(method, str):
+        return f"{method.__module__}.{method.__qualname__}"
+    if "." in method:
+        return method
+    try:
+        module = importlib.import_module(f"editkit.methods.{method.lower()}")
+    except ModuleNotFoundError:
+        folder = Path(__file__).parent / "methods"
+        names = sorted(f.stem for f in folder.glob("*.py") if _classes(f.stem))
+        raise ValueError(f"no method {method!r}; there are {', '.join(names)}") from None
+    classes = _classes(module.__name__.rpartition(".")[2])
+    if not classes:
+        raise ValueError(f"editkit.methods.{method} holds no method; give a class path")
+    return f"{module.__name__}.{classes[0]}"
+
+
+def _classes(name: str) -> list[str]:
+    """Return the names of the method classes that a file of `editkit.methods` defines."""
+    module = importlib.import_module(f"editkit.methods.{name}")
+    return [
+        cls.__name__
+        for cls in vars(module).values()
+        if inspect.isclass(cls)
+        and issubclass(cls, EditModule)
+        and cls.__module__ == module.__name__
+        and not inspect.isabstract(cls)
+    ]

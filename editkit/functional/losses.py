@@ -1,0 +1,24 @@
+"""Losses that editing methods minimise. Legend: B rows, N target tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def target_nll(logits_NV: Tensor, ids_N: Tensor, rows_N: Tensor, n_rows: int) -> Tensor:
+    """Mean negative log likelihood of each row's target tokens, in nats, fp32 [B].
+
+    The conditional likelihood -1/|y| log p(y | x) that FT-M, LoRA, WISE and MEMOIR minimise and
+    ROME's eq. 4 starts from.
+
+    Args:
+        logits_NV: Logits that predict the target tokens of all rows, row by row.
+        ids_N: Target token ids.
+        rows_N: Row of each target token.
+        n_rows: Number of rows B; each must own at least one target token.
+    """
+    nll_N = F.cross_entropy(logits_NV.float(), ids_N, reduction="none")
+    total_B = nll_N.new_zeros(n_rows).index_add(0, rows_N, nll_N)
+    count_B = nll_N.new_zeros(n_rows).index_add(0, rows_N, nll_N.new_ones(nll_N.shape))
+    return total_B / count_B

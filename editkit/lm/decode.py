@@ -1,0 +1,90 @@
+"""Greedy decoding of many rows at once, equal to decoding each row alone.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from editkit.lm.tokens import Tokens
+
+if TYPE_CHECKING:
+    from editkit.lm.editable import EditableLM
+
+CHECK_EVERY = 4  # steps between two looks at whether all rows are done: each look is one sync
+
+
+def align_left(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return (ids, mask) of the prompts with all padding moved to the left."""
+    order_BT = tokens.prompt_BT.long().argsort(dim=1, stable=True)
+    keep = int(tokens.prompt_BT.sum(1).max())
+    ids_BT = tokens.ids_BT.gather(1, order_BT)[:, -keep:]
+    mask_BT = tokens.prompt_BT.gather(1, order_BT)[:, -keep:]
+    return ids_BT, mask_BT
+
+
+def stop_ids(tokenizer: Any, stop: tuple[str, ...], size: int) -> Tensor:
+    """Return a bool [V]: the tokens whose own text holds a stop string."""
+    pieces = tokenizer.batch_decode([[i] for i in range(size)])
+    return torch.tensor([any(s in piece for s in stop) for piece in pieces])
+
+
+def decode_greedy(
+    lm: EditableLM, tokens: Tokens, max_new_tokens: int, stop: tuple[str, ...]
+) -> list[str]:
+    """Decode as `EditableLM.generate` describes; routes and scope are set at prefill only."""
+    ids_BT, mask_BT = align_left(tokens)
+    ends_V = _ends(lm, stop)
+    done_B = torch.zeros_like(mask_BT[:, 0])
+    position_B1 = mask_BT.sum(1, keepdim=True)
+    step: dict[str, Any] = {
+        "input_ids": ids_BT,
+        "position_ids": (mask_BT.long().cumsum(1) - 1).clamp_min(0),
+    }
+    new: list[Tensor] = []
+    lm.scope.prompt_BT = mask_BT
+    try:
+        for count in range(1, max_new_tokens + 1):
+            out = lm.model(**step, attention_mask=mask_BT.long(), use_cache=True)
+            lm.scope.prompt_BT = None
+            next_B = out.logits[:, -1].float().argmax(-1)
+            new.append(next_B)
+            done_B = done_B | ends_V[next_B]
+            if count % CHECK_EVERY == 0 and bool(done_B.all()):
+                break
+            mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
+            step = {
+                "input_ids": next_B[:, None],
+                "position_ids": position_B1 + count - 1,
+                "past_key_values": out.past_key_values,
+            }
+    finally:
+        lm.scope.prompt_BT = None
+    return _texts(lm, torch.stack(new, dim=1).tolist() if new else [[] for _ in ids_BT])
+
+
+def _ends(lm: EditableLM, stop: tuple[str, ...]) -> Tensor:
+    """Return a bool [V]: tokens after which a row is done. Kept on the LM per stop tuple."""
+    if stop not in lm.ends:
+        size = lm.model.get_output_embeddings().weight.shape[0]
+        ends_V = torch.zeros(size, dtype=torch.bool)
+        known = min(size, len(lm.tokenizer))
+        if stop:
+            ends_V[:known] = stop_ids(lm.tokenizer, stop, known)
+        ends_V[list(lm.eos_ids)] = True
+        lm.ends[stop] = ends_V
+    return lm.ends[stop].to(lm.device)
+
+
+def _texts(lm: EditableLM, rows: list[list[int]]) -> list[str]:
+    """Turn new ids into text, up to the first EOS, without the leading space."""
+    cut, eos_ids = [], lm.eos_ids
+    for row in rows:
+        end = next((i for i, token in enumerate(row) if token in eos_ids), len(row))
+        cut.append(row[:end])
+    texts: list[str] = lm.tokenizer.batch_decode(cut, skip_special_tokens=True)
+    return [text.removeprefix(" ") for text in texts]

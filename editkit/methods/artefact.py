@@ -1,0 +1,88 @@
+"""Save an edited model's edits with what rebuilds them, and load them onto their base again."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import editkit
+from editkit.adapters.io import load_adapter, read_config, save_adapter
+from editkit.lm.load import weight_hash
+from editkit.lm.spec import LMSpec
+from editkit.methods.base import EditModule, check_base
+from editkit.metrics.evaluate import EvalProtocol
+
+
+def save_edits(folder: Path, method: EditModule) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` of a method into `folder`."""
+    cls = type(method)
+    config = {
+        "class_path": f"{cls.__module__}.{cls.__qualname__}",
+        "init_args": method.init_args(),
+        "lm": asdict(method.spec),
+        "base": {"id": method.spec.id, "hash": weight_hash(method.spec)},
+        "edits_seen": method.edits_seen,
+        "editkit": editkit.__version__,
+    }
+    save_adapter(folder, method.lm.layers, config)
+
+
+def build_method(class_path: str, trust: bool = True, **arguments: Any) -> EditModule:
+    """Import a method class by its path and construct it.
+
+    Args:
+        class_path: Such as `editkit.methods.ft.FT`.
+        trust: Allow classes from outside `editkit.methods`: a class path is code to run.
+        arguments: Constructor arguments.
+
+    Raises:
+        ValueError: If the class is not there, is no method, is not trusted, or an argument is
+            not one of its own.
+    """
+    if not trust and not class_path.startswith("editkit.methods."):
+        raise ValueError(
+            f"the artefact was made by {class_path!r}, a class outside editkit.methods; loading "
+            "it runs that code: pass trust=True if you trust it"
+        )
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"no method class {class_path!r}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, EditModule)):
+        raise ValueError(f"{class_path!r} is not an EditModule")
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{class_path}: {error}") from error
+
+
+def load_edits(
+    folder: Path, lm: LMSpec | None, dtype: torch.dtype, device: str, trust: bool
+) -> EditModule:
+    """Rebuild the method of an artefact on its base, with its edits in place.
+
+    Args:
+        folder: A run folder.
+        lm: Base to load on; None takes the one recorded.
+        dtype: Dtype of the base where the spec names none.
+        device: Device to run on.
+        trust: Allow a method class from outside `editkit.methods`.
+
+    Raises:
+        ValueError: If the artefact is damaged, from another base, or not trusted.
+    """
+    config = read_config(folder)
+    spec = lm or LMSpec(**config["lm"])
+    check_base(config["base"], spec)
+    method = build_method(
+        config["class_path"], trust, lm=spec, evaluation=EvalProtocol(), **config["init_args"]
+    )
+    method.configure_model()
+    load_adapter(folder, method.lm.layers)
+    method.edits_seen = config["edits_seen"]
+    return method.to(device)
