@@ -87,10 +87,8 @@ class EditDataModule(LightningDataModule, ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Read, order, slice and number the stream, once; needs no model."""
-        if stage == "fit" and self._restored is None:
-            self.edits_applied = (
-                0  # every fit starts at the first edit, unless a checkpoint says else
-            )
+        if stage == "fit":  # begins at the first edit; a checkpoint is restored after this
+            self.edits_applied, self._restored = 0, None
         if hasattr(self, "edits"):
             return
         edits, probes = self.load()

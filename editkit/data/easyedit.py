@@ -25,7 +25,7 @@ from editkit.data.lineformat import Draft, make_edit, name_of, text
 from editkit.data.rows import BadRowError, Record
 from editkit.edits import Probe
 
-Form = Literal["line format", "EasyEdit records", "EasyEdit columns", "ZsRE", "QAEdit"]
+Form = Literal["line format", "EasyEdit records", "ZsRE", "QAEdit"]
 
 QUESTIONS = (("prompt", "ground_truth"), ("loc", "loc_ans"), ("New Question", "New Answer"))
 """Names that a question and its answer go by."""
@@ -41,10 +41,8 @@ COLUMNS = {
 
 
 def form_of(record: Record) -> Form:
-    """Recognise a record by its fields."""
+    """Recognise a record by its fields; columns are taken apart before, by `rows_of`."""
     fields = record.keys()
-    if "prompts" in fields:
-        return "EasyEdit columns"
     if "target_new" in fields:
         return "EasyEdit records"
     if {"src", "alt"} <= fields:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from editkit.data.base import EditDataModule
-from editkit.data.easyedit import form_of, parse_qaedit, parse_record, parse_zsre, rows_of
+from editkit.data.easyedit import Form, form_of, parse_qaedit, parse_record, parse_zsre, rows_of
 from editkit.data.lineformat import Draft, parse_line
 from editkit.data.rows import BadRowError, BadRowsError, Record, Refused, read_records, report
 from editkit.data.source import leaks
@@ -21,7 +21,7 @@ from editkit.edits import Edit, Probe
 
 log = logging.getLogger(__name__)
 
-PARSERS: dict[str, Callable[[Record], Draft]] = {
+PARSERS: dict[Form, Callable[[Record], Draft]] = {
     "line format": parse_line,
     "EasyEdit records": parse_record,
     "ZsRE": parse_zsre,
@@ -118,9 +118,14 @@ class _Reader:
         for line, row in read_records(self.path):
             if isinstance(row, dict) and "prompts" in row:
                 try:
-                    yield from ((line, one) for one in rows_of(row))
+                    rows = rows_of(row)
                 except BadRowError as bad:
                     yield line, bad
+                    continue
+                log.info(
+                    "%s: line %d holds %d edits as EasyEdit columns", self.path, line, len(rows)
+                )
+                yield from ((line, one) for one in rows)
             else:
                 yield line, row
 
