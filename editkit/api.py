@@ -11,14 +11,14 @@ from typing import Any, overload
 
 import torch
 
-from editkit.adapters.io import replacing
+from editkit.adapters.io import write_lines
 from editkit.edits import Edit, Probe
 from editkit.export import export_model
 from editkit.lm.load import resolve_dtype
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import build_method, load_edits, save_edits
 from editkit.methods.base import EditModule
-from editkit.metrics.evaluate import EvalProtocol
+from editkit.metrics.protocol import EvalProtocol
 
 
 class EditedLM:
@@ -83,7 +83,9 @@ class EditedLM:
         return self.method.apply_edits(edits)
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = ..., stop: tuple[str, ...] = ...) -> str: ...
+    def generate(
+        self, prompt: str, max_new_tokens: int = ..., stop: tuple[str, ...] = ...
+    ) -> str: ...
     @overload
     def generate(
         self, prompt: list[str], max_new_tokens: int = ..., stop: tuple[str, ...] = ...
@@ -111,7 +113,7 @@ class EditedLM:
         """Take one edit out exactly.
 
         Raises:
-            UndoRefused: If the method cannot; the text says why.
+            UndoError: If the method cannot; the text says why.
         """
         self.method.undo_edit(edit_id)
 
@@ -119,9 +121,7 @@ class EditedLM:
         """Write the edits and the ledger; `editkit.load_edited` brings them back."""
         folder = Path(folder)
         save_edits(folder, self.method)
-        with replacing(folder / "edits.jsonl") as temporary:
-            lines = "".join(json.dumps(entry) + "\n" for entry in self.ledger)
-            temporary.write_text(lines, encoding="utf-8")
+        write_lines(folder / "edits.jsonl", self.ledger)
 
     def export(self, folder: str | Path) -> None:
         """Write a plain Hugging Face folder with the edits merged into the weights.

@@ -147,7 +147,9 @@ class EditLayer(nn.Module, ABC):
                 tensor.data = tensor.new_empty(saved.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
         found = [v for k, v in state_dict.items() if k.startswith(prefix) and "base_layer" not in k]
-        self.is_written = any(bool(v.any()) for v in found)
+
+        if found:  # Lightning also loads state dicts that hold nothing of ours
+            self.is_written = any(bool(v.any()) for v in found)
         self.changed()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Ends a forward pass once the wanted block is reached."""
 
 
@@ -25,12 +25,12 @@ def capture_input(block: nn.Module) -> Iterator[list[Tensor]]:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"]).detach())
-        raise _Reached
+        raise _ReachedError
 
     handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield found
-    except _Reached:
+    except _ReachedError:
         pass
     finally:
         handle.remove()

@@ -114,6 +114,7 @@ class EditableLM(nn.Module):
         """Wrap the site at `path`; see `editkit.adapters.base.attach`."""
         layer = attach(self.model, path, make)
         layer.scope = self.scope
+        layer.eval()
         return layer
 
     @property

@@ -13,8 +13,9 @@ import editkit
 from editkit.adapters.io import load_adapter, read_config, save_adapter
 from editkit.lm.load import weight_hash
 from editkit.lm.spec import LMSpec
-from editkit.methods.base import EditModule, check_base
-from editkit.metrics.evaluate import EvalProtocol
+from editkit.methods.base import EditModule
+from editkit.methods.steps import check_base
+from editkit.metrics.protocol import EvalProtocol
 
 
 def save_edits(folder: Path, method: EditModule) -> None:

@@ -15,25 +15,25 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any, final
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from editkit.edits import Edit, Probe
 from editkit.functional.losses import target_nll
 from editkit.lm.editable import EditableLM
-from editkit.lm.load import weight_hash
 from editkit.lm.spec import LMSpec
-from editkit.metrics.evaluate import EvalProtocol, References, score_probes
+from editkit.methods.steps import StreamModule
+from editkit.metrics.evaluate import ProbeRow, score_probes
+from editkit.metrics.protocol import EvalProtocol
 
 NOT_SAVED = ("self", "lm", "evaluation", "kwargs")
 
 
-class UndoRefused(ValueError):
+class UndoError(ValueError):
     """An edit cannot be undone exactly; the text says why."""
 
 
-class EditModule(L.LightningModule, ABC):
+class EditModule(StreamModule, ABC):
     """Base class of all editing methods.
 
     Args:
@@ -45,17 +45,7 @@ class EditModule(L.LightningModule, ABC):
     why_no_undo = "its edits share weights, so one cannot be taken out without the others"
 
     def __init__(self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False  # checkpoints carry edits, not the base model
-        self.spec = lm
-        self.evaluation = evaluation
-        self.seed = seed
-        self.generator = torch.Generator().manual_seed(seed)
-        self.edits_seen = 0
-        self.ledger: list[dict[str, Any]] = []
-        self.references = References()
-        self.lm: EditableLM | None = None  # type: ignore[assignment]
+        super().__init__(lm, evaluation, seed)
 
     # what a method implements
 
@@ -77,9 +67,9 @@ class EditModule(L.LightningModule, ABC):
         """Take one edit out exactly.
 
         Raises:
-            UndoRefused: If this method cannot; the text says why.
+            UndoError: If this method cannot; the text says why.
         """
-        raise UndoRefused(f"{type(self).__name__} cannot undo edit {edit_id}: {self.why_no_undo}")
+        raise UndoError(f"{type(self).__name__} cannot undo edit {edit_id}: {self.why_no_undo}")
 
     def stream_state(self) -> dict[str, Any]:
         """Return what resuming needs beside the edit layers: plain values and tensors."""
@@ -103,7 +93,8 @@ class EditModule(L.LightningModule, ABC):
     def start(self) -> None:
         """Load, attach and prepare: what the Trainer does before the first edit."""
         self.configure_model()
-        self._prepare()
+        with torch.no_grad(), self.lm.unedited():
+            self.prepare()
 
     @final
     def apply_edits(self, edits: list[Edit]) -> dict[str, float]:
@@ -148,12 +139,12 @@ class EditModule(L.LightningModule, ABC):
         """Take one edit out exactly and mark it in the ledger.
 
         Raises:
-            UndoRefused: If there is no such edit, it is undone already, or the method cannot.
+            UndoError: If there is no such edit, it is undone already, or the method cannot.
         """
         entry = next((e for e in self.ledger if e["edit_id"] == edit_id), None)
         if entry is None or entry["undone"]:
             state = "was undone already" if entry else f"is not among the {len(self.ledger)} made"
-            raise UndoRefused(f"edit {edit_id} {state}; see edits.jsonl")
+            raise UndoError(f"edit {edit_id} {state}; see edits.jsonl")
         self.undo(edit_id)
         entry["undone"] = True
 
@@ -164,7 +155,7 @@ class EditModule(L.LightningModule, ABC):
         logits_NV = self.lm.target_logits(tokens)
         return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(edits))
 
-    def score(self, probes: list[Probe]) -> list[dict[str, Any]]:
+    def score(self, probes: list[Probe]) -> list[ProbeRow]:
         """Score the probes whose edits are applied; one row per probe and kind."""
         asked = [p for p in probes if p.edit_id is None or p.edit_id < self.edits_seen]
         return score_probes(self.lm, asked, self.references, self.evaluation) if asked else []
@@ -177,88 +168,7 @@ class EditModule(L.LightningModule, ABC):
                 names |= dict.fromkeys(inspect.signature(cls.__init__).parameters)
         return {name: getattr(self, name) for name in names if name not in NOT_SAVED}
 
-    # Lightning's hooks, final: one Trainer step is one committed edit batch
-
-    def configure_optimizers(self) -> None:
-        """Have none: Lightning's mock optimiser is the clock, `descend` optimises."""
-
-    def transfer_batch_to_device(self, batch: Any, *args: Any) -> Any:
-        """Leave text alone; Lightning would rebuild the frozen records field by field."""
-        return batch
-
-    def on_fit_start(self) -> None:
-        """Prepare on the device the Trainer chose."""
-        self._prepare()
-
-    @final
-    def training_step(self, batch: list[Edit], batch_idx: int) -> None:
-        """Write one batch of edits, then tick Lightning's clock once."""
-        numbers = self.apply_edits(batch)
-        optimizer: Any = self.optimizers()
-        optimizer.step()
-        if self.trainer.is_last_batch:
-            self.finish()
-        if hasattr(self.trainer, "datamodule") and self.trainer.datamodule is not None:
-            self.trainer.datamodule.edits_applied = self.edits_seen
-        rates = {"edits": float(self.edits_seen), "edits/s": len(batch) / numbers["seconds"]}
-        self.log_dict({f"edit/{k}": v for k, v in numbers.items()}, batch_size=len(batch))
-        self.log_dict(rates, prog_bar=True, batch_size=len(batch))
-
-    @final
-    def validation_step(self, batch: list[Probe], batch_idx: int) -> dict[str, Any]:
-        """Score probes; callbacks collect the rows."""
-        return {"rows": self.score(batch)}
-
-    @final
-    def test_step(self, batch: list[Probe], batch_idx: int) -> dict[str, Any]:
-        """Score probes; callbacks collect the rows."""
-        return {"rows": self.score(batch)}
-
-    @final
-    def predict_step(self, batch: list[Probe], batch_idx: int) -> list[dict[str, Any]]:
-        """Answer the probes' prompts freely, with the edited model."""
-        prompts = [p.prompt for p in batch]
-        answers = self.lm.generate(prompts, self.evaluation.max_new_tokens, self.evaluation.stop)
-        return [
-            {"id": p.id, "prompt": p.prompt, "answer": answer}
-            for p, answer in zip(batch, answers, strict=True)
-        ]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the edits and the stream's state; leave the base model out."""
-        checkpoint["state_dict"] = {
-            f"lm.model.{path}.{name}": tensor
-            for path, layer in self.lm.layers.items()
-            for name, tensor in layer.edit_state().items()
-        }
-        checkpoint["editkit"] = {
-            "base": {"id": self.spec.id, "hash": weight_hash(self.spec)},
-            "edits_seen": self.edits_seen,
-            "ledger": self.ledger,
-            "generator": self.generator.get_state(),
-            "references": self.references.state_dict(),
-            "stream": self.stream_state(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the stream's state back.
-
-        Raises:
-            ValueError: If the checkpoint was made on another base model; names both.
-        """
-        state = checkpoint["editkit"]
-        check_base(state["base"], self.spec)
-        self.edits_seen = state["edits_seen"]
-        self.ledger = state["ledger"]
-        self.generator.set_state(state["generator"])
-        self.references.load_state_dict(state["references"])
-        self.load_stream_state(state["stream"])
-
     # private
-
-    def _prepare(self) -> None:
-        with torch.no_grad(), self.lm.unedited():
-            self.prepare()
 
     def _step(self) -> int:
         """Number of the edit batch under way, from 0."""
@@ -273,17 +183,3 @@ class EditModule(L.LightningModule, ABC):
             for layer in self.lm.layers.values():
                 layer.discard()
             raise
-
-
-def check_base(saved: dict[str, str], spec: LMSpec) -> None:
-    """Refuse edits that were made on another base model.
-
-    Raises:
-        ValueError: If the weight hashes differ; names both.
-    """
-    found = weight_hash(spec)
-    if found != saved["hash"]:
-        raise ValueError(
-            f"these edits were made on {saved['id']!r} (weights {saved['hash'][:12]}), but the "
-            f"base here is {spec.id!r} (weights {found[:12]}); load them on the model they edit"
-        )

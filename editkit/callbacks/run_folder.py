@@ -1,0 +1,203 @@
+"""The run folder: everything a run leaves behind, complete or not there at all.
+
+runs/<name>/  config.yaml  adapter_config.json  adapter_model.safetensors  edits.jsonl
+              probes.jsonl  summary.json  metrics.csv  checkpoints/last.ckpt
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from editkit.adapters.io import replacing, write_lines
+from editkit.callbacks.protocol import peak_memory_bytes, stamp
+from editkit.methods.artefact import save_edits
+from editkit.methods.base import EditModule
+from editkit.metrics.evaluate import ProbeRow
+from editkit.metrics.perplexity import perplexity
+from editkit.metrics.summary import RunFacts, summarise, write_json
+from editkit.metrics.tables import age_table, summary_table
+
+PROBES, EDITS, SUMMARY = "probes.jsonl", "edits.jsonl", "summary.json"
+PREDICTIONS = "predictions.jsonl"
+
+
+class RunFolder(Callback):
+    """Writes probes as they are scored, and ledger, adapter and summary at the end.
+
+    A row of `probes.jsonl` says when it was scored: `immediate` (right after its own edit),
+    `milestone` (on the way) or `final` (after the whole stream).
+
+    Args:
+        immediate: Score each edit's probes right after the edit, too.
+        overwrite: Replace a finished run in the same folder.
+    """
+
+    def __init__(self, immediate: bool = True, overwrite: bool = False) -> None:
+        self.immediate = immediate
+        self.overwrite = overwrite
+        self.perplexity_before: float | None = None
+        self.rows: list[ProbeRow] = []  # of the validation under way
+        self.answers: list[dict[str, Any]] = []  # of the prediction under way
+        self.hits: list[float] = []  # immediate reliability, for the progress bar
+
+    def setup(self, trainer: Trainer, pl_module: EditModule, stage: str) -> None:
+        """Refuse to write over a finished run before any work is done.
+
+        Raises:
+            ValueError: If the folder holds a finished run and `overwrite` is off.
+        """
+        self.folder = Path(trainer.default_root_dir)
+        resumes = trainer.ckpt_path is not None
+        if stage == "fit" and not resumes and (self.folder / SUMMARY).exists():
+            if not self.overwrite:
+                raise ValueError(
+                    f"{str(self.folder)!r} holds a finished run; choose another "
+                    "--trainer.default_root_dir or pass --run.overwrite true"
+                )
+            for name in (SUMMARY, PROBES, EDITS):
+                (self.folder / name).unlink(missing_ok=True)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Cut the rows back to where a resumed run goes on; measure the unedited model."""
+        self._keep_rows_up_to(pl_module.edits_seen)
+        texts = trainer.datamodule.texts
+        if texts and self.perplexity_before is None:
+            with pl_module.lm.unedited():
+                self.perplexity_before = perplexity(pl_module.lm, texts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run cannot measure again."""
+        return {"perplexity_before": self.perplexity_before, "hits": self.hits}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take `state_dict` back."""
+        self.perplexity_before = state_dict["perplexity_before"]
+        self.hits = state_dict["hits"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: EditModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Score the batch's own probes right after the edit."""
+        if not self.immediate:
+            return
+        rows = pl_module.score(trainer.datamodule.probes_of([edit.id for edit in batch]))
+        self._append(rows, "immediate", pl_module.edits_seen)
+        scorer = pl_module.evaluation.scorers[0]
+        told = [r for r in rows if r["kind"] == "reliability" and r["counted"]]
+        self.hits += [r["scores"][scorer] for r in told]
+        if self.hits:
+            pl_module.log("immediate", sum(self.hits) / len(self.hits), prog_bar=True, batch_size=1)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Begin a new set of rows."""
+        self.rows = []
+
+    on_test_start = on_validation_start
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: EditModule, outputs: Any, *args: Any
+    ) -> None:
+        """Collect the rows of a batch."""
+        self.rows += outputs["rows"]
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Write the rows; outside a fit, show the table."""
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._show(self._summary(trainer, pl_module, []))
+            return
+        at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
+        self._append(self.rows, "final" if at_end else "milestone", pl_module.edits_seen)
+
+    on_test_end = on_validation_end
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: EditModule, outputs: Any, *args: Any
+    ) -> None:
+        """Collect the answers of a batch."""
+        self.answers += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Write `predictions.jsonl`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_lines(self.folder / PREDICTIONS, self.answers)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Write ledger, adapter and summary, and show the table."""
+        write_lines(self.folder / EDITS, pl_module.ledger)
+        save_edits(self.folder, pl_module)
+        summary = self._summary(trainer, pl_module, self._read("immediate"))
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        write_json(self.folder / SUMMARY, summary)
+        self._show(summary)
+
+    def _summary(
+        self, trainer: Trainer, pl_module: EditModule, immediate: list[ProbeRow]
+    ) -> dict[str, Any]:
+        """Build the summary from the last validation's rows."""
+        texts, ledger = trainer.datamodule.texts, pl_module.ledger
+        facts = RunFacts(
+            method=type(pl_module).__name__,
+            base=pl_module.spec.id,
+            edits_seen=pl_module.edits_seen,
+            perplexity_before=self.perplexity_before,
+            perplexity_after=perplexity(pl_module.lm, texts) if texts else None,
+            seconds_per_edit=sum(e["seconds"] for e in ledger) / len(ledger) if ledger else None,
+            peak_memory_bytes=peak_memory_bytes(pl_module.device),
+        )
+        summary = summarise(self.rows, immediate, facts, pl_module.evaluation)
+        summary["protocol"] |= stamp(trainer, pl_module)
+        return summary
+
+    def _show(self, summary: dict[str, Any]) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            return
+        console = Console()
+        if not console.is_terminal:
+            console.width = 100
+        console.print(summary_table(summary))
+        if len(summary["by_age"]) > 1:
+            console.print(age_table(summary))
+        if (self.folder / SUMMARY).exists():
+            console.print(f"run folder: {self.folder}", highlight=False)
+
+    def _append(self, rows: list[ProbeRow], moment: str, edits_seen: int) -> None:
+        """Add rows to `probes.jsonl`, each with the moment it was scored at."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / PROBES).open("a", encoding="utf-8") as file:
+            for row in rows:
+                line = {"moment": moment, "edits_seen": edits_seen, **row}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _read(self, moment: str) -> list[Any]:
+        """Return the rows of a moment from `probes.jsonl`."""
+        path = self.folder / PROBES
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [row for row in map(json.loads, lines) if row["moment"] == moment]
+
+    def _keep_rows_up_to(self, edits_seen: int) -> None:
+        """Drop rows that a killed run wrote after its last checkpoint, and a torn last line."""
+        path = self.folder / PROBES
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        kept = [line for line in whole if json.loads(line)["edits_seen"] <= edits_seen]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")

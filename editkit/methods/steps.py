@@ -1,0 +1,178 @@
+"""What Lightning calls: one Trainer step is one committed edit batch.
+
+Nothing here knows a method; `EditModule` fills in what applying and scoring mean.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, final
+
+import lightning as L
+import torch
+
+from editkit.edits import Edit, Probe
+from editkit.lm.editable import EditableLM
+from editkit.lm.load import weight_hash
+from editkit.lm.spec import LMSpec
+from editkit.metrics.edit_score import EditScores
+from editkit.metrics.evaluate import ProbeRow
+from editkit.metrics.protocol import EvalProtocol
+from editkit.metrics.references import References
+
+
+class StreamModule(L.LightningModule):
+    """Steps, clocks and checkpoints of a stream of edits.
+
+    Args:
+        lm: Model to edit.
+        evaluation: How probes are scored.
+        seed: Seed of whatever the method samples.
+    """
+
+    def __init__(self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # checkpoints carry edits, not the base model
+        self.spec = lm
+        self.evaluation = evaluation
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self.edits_seen = 0
+        self.ledger: list[dict[str, Any]] = []
+        self.references = References()
+        self.scores = EditScores(evaluation.scorers)
+        self.lm: EditableLM | None = None  # type: ignore[assignment]
+
+    @abstractmethod
+    def start(self) -> None:
+        """Load, attach and prepare."""
+
+    @abstractmethod
+    def apply_edits(self, edits: list[Edit]) -> dict[str, float]:
+        """Write one batch of edits and enter it in the ledger."""
+
+    @abstractmethod
+    def score(self, probes: list[Probe]) -> list[ProbeRow]:
+        """Score the probes whose edits are applied."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Close the stream."""
+
+    @abstractmethod
+    def stream_state(self) -> dict[str, Any]:
+        """Return what resuming needs beside the edit layers."""
+
+    @abstractmethod
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take `stream_state` back."""
+
+    def configure_optimizers(self) -> None:
+        """Have none: Lightning's mock optimiser is the clock, `descend` optimises."""
+
+    def transfer_batch_to_device(self, batch: Any, *args: Any) -> Any:
+        """Leave text alone; Lightning would rebuild the frozen records field by field."""
+        return batch
+
+    def on_fit_start(self) -> None:
+        """Prepare on the device the Trainer chose.
+
+        Raises:
+            ValueError: If the Trainer would apply the stream more than once.
+        """
+        if self.trainer.max_epochs != 1:
+            raise ValueError(
+                f"trainer.max_epochs is {self.trainer.max_epochs}; a stream of edits is applied "
+                "once, so set trainer.max_epochs: 1"
+            )
+        self.start()
+
+    @final
+    def training_step(self, batch: Iterable[Edit], batch_idx: int) -> None:
+        """Write one batch of edits, then tick Lightning's clock once."""
+        edits = list(batch)
+        numbers = self.apply_edits(edits)
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        if self.trainer.is_last_batch or 0 < self.trainer.max_steps <= self.global_step:
+            self.finish()
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            data.edits_applied = edits[-1].id + 1
+        rates = {"edits": float(self.edits_seen), "edits/s": len(edits) / numbers["seconds"]}
+        self.log_dict({f"edit/{k}": v for k, v in numbers.items()}, batch_size=len(edits))
+        self.log_dict(rates, prog_bar=True, batch_size=len(edits))
+
+    @final
+    def validation_step(self, batch: Iterable[Probe], batch_idx: int) -> dict[str, Any]:
+        """Score probes; callbacks collect the rows."""
+        rows = self.score(list(batch))
+        self.scores.update(rows)
+        return {"rows": rows}
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean of every kind and scorer."""
+        for kind, cells in self.scores.compute().items():
+            self.log_dict({f"{kind}/{scorer}": cell["value"] for scorer, cell in cells.items()})
+        self.scores.reset()
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    @final
+    def predict_step(self, batch: Iterable[Probe], batch_idx: int) -> list[dict[str, Any]]:
+        """Answer the probes' prompts freely, with the edited model."""
+        probes = list(batch)
+        prompts = [p.prompt for p in probes]
+        answers = self.lm.generate(prompts, self.evaluation.max_new_tokens, self.evaluation.stop)
+        return [
+            {"id": p.id, "prompt": p.prompt, "answer": answer}
+            for p, answer in zip(probes, answers, strict=True)
+        ]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the edits and the stream's state; leave the base model out."""
+        checkpoint["state_dict"] = {
+            f"lm.model.{path}.{name}": tensor
+            for path, layer in self.lm.layers.items()
+            for name, tensor in layer.edit_state().items()
+        }
+        checkpoint["editkit"] = {
+            "base": {"id": self.spec.id, "hash": weight_hash(self.spec)},
+            "edits_seen": self.edits_seen,
+            "ledger": self.ledger,
+            "generator": self.generator.get_state(),
+            "references": self.references.state_dict(),
+            "stream": self.stream_state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the stream's state back.
+
+        Raises:
+            ValueError: If the checkpoint was made on another base model; names both.
+        """
+        state = checkpoint["editkit"]
+        check_base(state["base"], self.spec)
+        self.edits_seen = state["edits_seen"]
+        self.ledger = state["ledger"]
+        self.generator.set_state(state["generator"])
+        self.references.load_state_dict(state["references"])
+        self.load_stream_state(state["stream"])
+
+
+def check_base(saved: dict[str, str], spec: LMSpec) -> None:
+    """Refuse edits that were made on another base model.
+
+    Raises:
+        ValueError: If the weight hashes differ; names both.
+    """
+    found = weight_hash(spec)
+    if found != saved["hash"]:
+        raise ValueError(
+            f"these edits were made on {saved['id']!r} (weights {saved['hash'][:12]}), but the "
+            f"base here is {spec.id!r} (weights {found[:12]}); load them on the model they edit"
+        )

@@ -1,0 +1,120 @@
+"""LightningCLI with editkit's classes, defaults and tidiness."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+
+from editkit.callbacks.milestones import Milestones
+from editkit.callbacks.progress import EditProgress
+from editkit.callbacks.run_folder import SUMMARY, RunFolder
+from editkit.data.base import EditDataModule
+from editkit.methods.base import EditModule
+
+# what editing needs of a Trainer; each can be set otherwise in YAML
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "devices": 1,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+    "default_root_dir": "runs/run",
+}
+VERBS = ("fit", "validate", "test", "predict")
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml`, once, when a fit starts."""
+        if stage == "fit":
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+
+class EditCLI(LightningCLI):
+    """Binds YAML and options to a method, a stream and a Trainer."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks every run has, under names of their own."""
+        parser.add_lightning_class_args(Milestones, "milestones")
+        parser.add_lightning_class_args(RunFolder, "run")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Give the Trainer a CSV logger, checkpoints and a bar where the config names none."""
+        config = self._get(self.config_init, "trainer", default={})
+        folder = Path(config["default_root_dir"])
+        if config["logger"] is None:
+            kwargs["logger"] = CSVLogger(folder, name="", version="")
+        callbacks = [*(config["callbacks"] or [])]
+        wanted = config["enable_checkpointing"] in (None, True)
+        if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
+            callbacks.append(
+                ModelCheckpoint(
+                    folder / "checkpoints",
+                    every_n_train_steps=100,
+                    save_last=True,
+                    enable_version_counter=False,
+                )
+            )
+        if config["enable_progress_bar"] in (None, True):
+            callbacks.append(EditProgress())
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def fit(self, model: EditModule, **kwargs: Any) -> None:
+        """Edit; where that fails before anything could be resumed, leave no folder behind."""
+        with tidy(Path(self.trainer.default_root_dir)):
+            self.trainer.fit(model, **kwargs)
+
+
+@contextmanager
+def tidy(folder: Path) -> Iterator[None]:
+    """Remove a run folder that this run made and that holds nothing to go on from."""
+    existed = folder.exists()
+    try:
+        yield
+    except BaseException:
+        done = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*.ckpt"))
+        if not existed and not done:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def run_trainer(args: list[str] | None) -> None:
+    """Parse, build and run; `args` None takes the process's own.
+
+    Raises:
+        ArgumentError: If an option is misspelt or a value does not fit.
+        ValueError: If the input is wrong; the text names the fix.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    parser_kwargs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in VERBS}
+    EditCLI(
+        EditModule,
+        EditDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_callback=RunConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=0,
+        parser_kwargs={"prog": "editkit", "exit_on_error": False, **parser_kwargs},
+        args=args,
+    )

@@ -1,0 +1,339 @@
+"""The command line: what a run leaves behind, and how each mistake ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from editkit.cli import main
+
+ROOT = Path(__file__).parents[1]
+SUBJECTS = ["Alba", "Bera", "Cora", "Dora", "Elda", "Rome"]
+
+
+@pytest.fixture(autouse=True)
+def quiet_argv(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["editkit"])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def stream(tmp_path):
+    rows = [
+        {
+            "prompt": f"the capital of {s} is",
+            "target": t,
+            "subject": s,
+            "probes": {
+                "generalization": [f"where lives {s} ? Answer :"],
+                "locality": [f"a small town in {s} is"],
+                "portability": [{"prompt": f"{s} is a big", "target": t}],
+            },
+        }
+        for s, t in zip(SUBJECTS, ["Oslo", "Lima", "Bern", "Rome", "Paris", "town"], strict=True)
+    ]
+    path = tmp_path / "edits.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "text.txt").write_text("the capital of Alba\nhe works for Rome and Paris\n")
+    return path
+
+
+@pytest.fixture
+def fit(tiny, stream):
+    """Return the arguments of a run into runs/x, with more appended."""
+
+    def args(*more, verb="fit"):
+        return [
+            verb,
+            "--model=editkit.methods.ft.FT",
+            f"--model.lm.id={tiny('llama')}",
+            "--model.lr=1e-2",
+            "--data=editkit.data.jsonl.JSONL",
+            f"--data.path={stream}",
+            f"--data.text={stream.parent / 'text.txt'}",
+            "--trainer.default_root_dir=runs/x",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            "--milestones.at=[1,3]",
+            *more,
+        ]
+
+    return args
+
+
+def rows_of(path="runs/x/probes.jsonl"):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_fit_leaves_a_complete_run_folder(fit, capsys):
+    assert main(fit()) == 0
+    names = {p.name for p in Path("runs/x").iterdir()}
+    assert names == {
+        "config.yaml", "adapter_config.json", "adapter_model.safetensors", "edits.jsonl",
+        "probes.jsonl", "summary.json", "metrics.csv", "checkpoints",
+    }  # fmt: skip
+    summary = json.loads(Path("runs/x/summary.json").read_text())
+    assert summary["edits_seen"] == 6
+    kinds = {"reliability", "generalization", "locality", "portability"}
+    scorers = {"token_accuracy", "sequence_accuracy", "generation", "nll"}
+    for part in (summary["scores"], summary["immediate"]):
+        assert set(part) == kinds
+        for cells in part.values():
+            assert set(cells) == scorers
+            assert all(cell["n"] == 6 for cell in cells.values())
+    assert summary["perplexity"]["before"] != summary["perplexity"]["after"]
+    protocol = summary["protocol"]
+    assert (protocol["n_edits"], protocol["edits_per_step"], protocol["seed"]) == (6, 1, 0)
+    assert len(protocol["base_hash"]) == 64
+    assert protocol["scorers"]
+    ledger = rows_of("runs/x/edits.jsonl")
+    assert [e["edit_id"] for e in ledger] == list(range(6))
+    out = capsys.readouterr().out
+    assert "reliability" in out
+    assert "by the number of later edits" in out
+
+
+def test_probes_are_asked_right_after_at_milestones_and_at_the_end(fit):
+    assert main(fit()) == 0
+    asked = {}
+    for row in rows_of():
+        key = (row["moment"], row["edits_seen"])
+        asked.setdefault(key, set()).add(row["edit_id"])
+    expected = {("immediate", n): {n - 1} for n in range(1, 7)}
+    expected |= {("milestone", 1): {0}, ("milestone", 3): {0, 1, 2}, ("final", 6): set(range(6))}
+    assert asked == expected
+
+
+def test_final_scores_are_the_mean_of_the_final_rows(fit):
+    assert main(fit()) == 0
+    summary = json.loads(Path("runs/x/summary.json").read_text())
+    final = [r for r in rows_of() if r["moment"] == "final" and r["kind"] == "locality"]
+    mean = sum(r["scores"]["token_accuracy"] for r in final) / len(final)
+    assert summary["scores"]["locality"]["token_accuracy"]["value"] == pytest.approx(mean)
+
+
+def test_a_finished_run_is_not_written_over_unless_told(fit, capsys):
+    assert main(fit("--data.limit=2")) == 0
+    before = Path("runs/x/summary.json").read_text()
+    assert main(fit("--data.limit=2")) == 1
+    assert "holds a finished run" in capsys.readouterr().err
+    assert Path("runs/x/summary.json").read_text() == before
+    assert main(fit("--data.limit=3", "--run.overwrite=true")) == 0
+    assert json.loads(Path("runs/x/summary.json").read_text())["edits_seen"] == 3
+
+
+def test_a_stopped_run_resumes_to_the_same_probes(fit, tmp_path):
+    assert main(fit()) == 0
+    straight = rows_of()
+    shutil.rmtree("runs")
+    checkpoint = """
+class_path: lightning.pytorch.callbacks.ModelCheckpoint
+init_args: {dirpath: runs/x/checkpoints, every_n_train_steps: 1, save_last: true,
+            enable_version_counter: false}
+"""
+    (tmp_path / "trainer.yaml").write_text(
+        yaml.safe_dump({"callbacks": [yaml.safe_load(checkpoint)], "max_steps": 3})
+    )
+    assert main(fit("--trainer=trainer.yaml")) == 0
+    resumed = fit("--trainer=trainer.yaml", "--trainer.max_steps=-1", "--ckpt_path=last")
+    assert main(resumed) == 0
+    again = [r for r in rows_of() if not (r["moment"] == "milestone" and r["edits_seen"] == 3)]
+    assert again == [
+        r for r in straight if not (r["moment"] == "milestone" and r["edits_seen"] == 3)
+    ]
+
+
+def test_validate_test_and_predict_probe_a_checkpoint(fit, capsys):
+    assert main(fit()) == 0
+    final = json.loads(Path("runs/x/summary.json").read_text())["scores"]
+    capsys.readouterr()
+    checkpoint = "--ckpt_path=runs/x/checkpoints/last.ckpt"
+    for verb in ("validate", "test"):
+        assert main(fit(checkpoint, verb=verb)) == 0
+        out = capsys.readouterr().out
+        value = final["reliability"]["nll"]["value"]
+        assert "6 edits" in out
+        assert f"{value:.3f}" in out
+    assert main(fit(checkpoint, verb="predict")) == 0
+    answers = rows_of("runs/x/predictions.jsonl")
+    assert len(answers) == 24
+    assert {"id", "prompt", "answer"} == set(answers[0])
+
+
+def test_generate_and_export_take_a_run_folder(fit, capsys, tmp_path):
+    assert main(fit()) == 0
+    assert main(["generate", "runs/x", "[the capital of Alba is]", "--base=true"]) == 0
+    assert "the capital of Alba is" in capsys.readouterr().out
+    assert main(["export", "runs/x", "out"]) == 0
+    assert (tmp_path / "out" / "config.json").exists()
+    assert main(["export", "runs/x", "out"]) == 1
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_inspect_lists_sites_and_proposes_layers(tiny, capsys):
+    assert main(["inspect", tiny("gpt2"), "--role=mlp.down"]) == 0
+    out = capsys.readouterr().out
+    assert "transformer.h.3.mlp.c_proj" in out
+    assert "32 x 128" in out
+    assert "proposed causal_layers: [0, 1], memory_layer: 3" in out
+    assert main(["inspect", tiny("gpt2"), "--role=mlp.gate"]) == 1
+    assert "no site of role 'mlp.gate'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["fit", "--help"], ["export", "-h"]])
+def test_help_loads_no_weights(args, monkeypatch, capsys):
+    monkeypatch.setattr("editkit.lm.editable.load_pretrained", lambda *a: pytest.fail("loaded"))
+    try:
+        code = main(args)
+    except SystemExit as done:
+        code = done.code
+    assert code in (0, None)
+    assert "editkit" in capsys.readouterr().out
+
+
+METHODS = sorted((ROOT / "experiments" / "method").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", METHODS, ids=[p.stem for p in METHODS])
+def test_every_method_yaml_binds(path, capsys):
+    args = ["fit", f"--model={path}", "--model.lm.id=factworld"]
+    args += ["--data=editkit.data.jsonl.JSONL", f"--data.path={path}", "--print_config"]
+    with pytest.raises(SystemExit) as done:
+        main(args)
+    assert done.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    own = yaml.safe_load(path.read_text())
+    assert printed["model"]["class_path"] == own["class_path"]
+    assert own["init_args"].items() <= printed["model"]["init_args"].items()
+
+
+def expect_error(args, match, capsys):
+    """The mistake ends in one sentence, a code that is not 0, and no folder."""
+    code = main(args)
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("editkit: error:")]
+    assert code != 0
+    assert len(lines) == 1, err
+    assert match in lines[0]
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+def test_misspelt_option(fit, capsys):
+    expect_error(fit("--model.lrr=3"), "lrr", capsys)
+
+
+def test_misspelt_method(fit, capsys):
+    expect_error(fit("--model=editkit.methods.ft.FTT"), "FTT", capsys)
+
+
+def test_missing_file(fit, capsys):
+    expect_error(fit("--data.path=nowhere.jsonl"), "nowhere.jsonl", capsys)
+
+
+def test_missing_model(fit, capsys):
+    expect_error(fit("--model.lm.id=./nowhere"), "'./nowhere' does not exist", capsys)
+
+
+def test_subject_not_in_the_prompt(fit, capsys, tmp_path):
+    row = {"prompt": "the capital of Alba is", "target": "Rome", "subject": "Oslo"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row))
+    expect_error(fit("--data.path=bad.jsonl"), "Oslo", capsys)
+
+
+def test_truncated_weights(fit, tiny, capsys, tmp_path):
+    shutil.copytree(tiny("llama"), tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    expect_error(fit("--model.lm.id=./cut"), "truncated or damaged", capsys)
+
+
+def test_no_gpu(fit, capsys):
+    expect_error(fit("--trainer.accelerator=gpu"), "gpu", capsys)
+
+
+def test_a_stream_applied_twice(fit, capsys):
+    expect_error(fit("--trainer.max_epochs=2"), "max_epochs", capsys)
+
+
+def test_layer_that_is_not_there(fit, capsys):
+    expect_error(fit("--model.layer=44"), "layer 44 is not in 0..3", capsys)
+
+
+def test_diverging_edit(fit, capsys):
+    expect_error(fit("--model.lr=1e30"), "learning rate", capsys)
+
+
+def test_full_disk(fit, capsys, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("cannot mount a small tmpfs here")
+    try:
+        code = main(fit(f"--trainer.default_root_dir={disk}/x"))
+        err = capsys.readouterr().err
+        assert code == 1
+        assert "No space left on device" in err
+        assert not (disk / "x").exists()
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+METHOD = '''
+from editkit.adapters.delta import DeltaLayer
+from editkit.methods.base import EditModule
+
+
+class Nudge(EditModule):
+    """Moves one matrix along its target loss' gradient, once.
+
+    Args:
+        size: Length of the step.
+    """
+
+    def __init__(self, size: float = 0.1, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.size = size
+
+    def attach(self):
+        self.site = self.lm.attach(self.lm.site(1).path, DeltaLayer)
+
+    def edit(self, edits):
+        leaf = self.site.open()["delta"]
+        tokens = self.lm.encode([e.prompt for e in edits], [e.target for e in edits])
+        log_p = self.lm.target_logits(tokens).log_softmax(-1)
+        log_p.gather(1, tokens.target_ids_N[:, None]).sum().backward()
+        grad = leaf.grad
+        self.site.discard()
+        self.site.add(self.size * grad / grad.norm())
+        return {}
+'''
+
+
+def test_a_users_own_method_runs_from_yaml(fit, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mymethod.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "nudge.yaml").write_text("class_path: mymethod.Nudge\ninit_args: {size: 0.5}\n")
+    args = [a for a in fit() if not a.startswith("--model")]
+    lm = next(a for a in fit() if a.startswith("--model.lm.id"))
+    assert main([*args, "--model=nudge.yaml", lm]) == 0
+    assert all(e["loss_after"] < e["loss_before"] for e in rows_of("runs/x/edits.jsonl"))
+    assert main(["generate", "runs/x", "[the town]"]) == 1
+    assert "trust" in capsys.readouterr().err
+    assert main(["generate", "runs/x", "[the town]", "--trust=true"]) == 0
+
+
+def test_wandb_writes_offline_files_without_a_key(fit, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logger = ROOT / "experiments" / "logger" / "wandb.yaml"
+    assert main(fit(f"--trainer.logger={logger}", "--data.limit=2")) == 0
+    assert list(tmp_path.glob("runs/wandb/offline-run-*/run-*.wandb"))
