@@ -11,7 +11,6 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
-    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -65,12 +64,8 @@ def byte_level_bpe(bos: bool = True) -> PreTrainedTokenizerFast:
 def sentencepiece_style() -> PreTrainedTokenizerFast:
     """As Llama-2's and Gemma's: spaces become a mark, a text gets one in front, BOS is added."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
         special_tokens=["<s>", "</s>", "<pad>", "<unk>"],

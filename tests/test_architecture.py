@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "editkit"
 FLOORS = {
     "edits": 0, "functional": 0, "descend": 0, "adapters": 1, "lm": 2, "data": 3, "metrics": 3,
     "methods": 4, "callbacks": 5, "export": 6, "api": 6, "verbs": 6, "trainer_cli": 6, "cli": 6,
+    "__main__": 6,
 }  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 LAZY = {"wandb", "datasets", "matplotlib", "bitsandbytes"}
@@ -78,7 +79,9 @@ assert random.getstate() == state, "the random state changed"
 heavy = {"torch", "transformers", "lightning", "peft", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 assert seconds < 1, seconds
+import lightning, peft, transformers  # these set variables of their own
 import torch
+environment, state = dict(os.environ), random.getstate()
 before = torch.random.get_rng_state()
 import editkit.api
 assert dict(os.environ) == environment, set(os.environ.items()) ^ set(environment.items())

@@ -11,7 +11,8 @@ Policy, the same for every tokenizer and written down once:
 - **Target tokens** are what the tokenizer adds for the rest of the text. Where a merge crosses
   the border, the target is encoded apart, behind an anchor, so prompt ids never change.
 - **Subject.** The index of its last token is `len(encode(prompt up to the subject's end)) - 1`,
-  as ROME and its successors count; a subject that occurs several times counts at its last place.
+  as ROME and its successors count (also where a merge crosses the subject's end); spaces at its
+  end do not count. A subject that occurs several times counts at its last place.
 
 Legend: B rows, T tokens, N target tokens of all rows.
 """

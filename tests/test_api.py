@@ -1,0 +1,125 @@
+"""The Python door."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import editkit
+from editkit.edits import Edit, Probe
+from editkit.lm.spec import LMSpec
+from editkit.methods.base import UndoError
+
+FT = {"method": "ft", "layer": 2, "steps": 60, "lr": 1e-2, "append_eos": True}
+PROMPT = "the capital of Alba is"
+
+
+@pytest.fixture
+def lm(tiny):
+    return editkit.load(tiny("llama"), **FT)
+
+
+def test_edits_answers_and_unedits(lm):
+    before = lm.generate(PROMPT, 5)
+    numbers = lm.edit(PROMPT, " Rome ", subject="Alba")
+    assert numbers["loss_after"] < 0.1 < numbers["loss_before"]
+    assert lm.generate(PROMPT, 5) == "Rome"
+    assert lm.generate([PROMPT, PROMPT], 5) == ["Rome", "Rome"]
+    with lm.unedited():
+        assert lm.generate(PROMPT, 5) == before
+    assert lm.ledger[0]["target"] == "Rome"
+
+
+def test_scores_only_probes_of_applied_edits(lm):
+    probes = [Probe(str(i), i, "reliability", PROMPT, "Rome") for i in range(2)]
+    assert lm.score(probes) == []
+    lm.edit(PROMPT, "Rome")
+    (row,) = lm.score(probes)
+    assert (row["edit_id"], row["scores"]["sequence_accuracy"]) == (0, 1.0)
+
+
+def test_save_and_load_on_a_moved_base(lm, tmp_path, tiny):
+    lm.edit(PROMPT, "Rome")
+    lm.save(tmp_path / "run")
+    again = editkit.load_edited(tmp_path / "run", lm=LMSpec(id=tiny("llama")))
+    assert again.generate(PROMPT, 5) == "Rome"
+    assert again.ledger == lm.ledger
+    assert [json.loads(x) for x in (tmp_path / "run/edits.jsonl").read_text().splitlines()]
+
+
+def test_loading_on_another_base_names_both(lm, tmp_path, tiny):
+    lm.edit(PROMPT, "Rome")
+    lm.save(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"were made on .*llama.* the base here is .*mistral"):
+        editkit.load_edited(tmp_path / "run", lm=LMSpec(id=tiny("mistral")))
+
+
+def test_undo_refuses_unknown_edits_by_number(lm):
+    with pytest.raises(UndoError, match="edit 0 is not among the 0 made"):
+        lm.undo(0)
+
+
+def test_bad_edits_leave_the_model_as_it_was(lm):
+    before = lm.lm.forward(lm.lm.encode([PROMPT]))
+    for prompt, target, subject, match in [
+        ("", "Rome", None, "needs a prompt and a target"),
+        (PROMPT, " ", None, "needs a prompt and a target"),
+        (PROMPT, "Rome", "Oslo", "subject 'Oslo' not found"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            lm.edit(prompt, target, subject=subject)
+    with pytest.raises(ValueError, match="learning rate"):
+        editkit.load(lm.method.spec.id, **{**FT, "lr": 1e30}).edit(PROMPT, "Rome")
+    assert torch.equal(lm.lm.forward(lm.lm.encode([PROMPT])), before)
+    assert lm.ledger == []
+
+
+def test_a_failed_edit_discards_its_scratch(lm):
+    lm.edit(PROMPT, "Rome")
+    (layer,) = lm.lm.layers.values()
+    kept = layer.delta.detach().clone()
+    lm.method.lr = 1e30
+    with pytest.raises(ValueError, match="learning rate"):
+        lm.edit_batch([Edit(1, "a small town is", "Oslo")])
+    assert torch.equal(layer.delta, kept)
+    assert torch.equal(layer.value("delta"), kept)
+    assert lm.method.edits_seen == 1
+
+
+def test_wrong_methods_and_options_are_named(tiny):
+    for options, match in [
+        ({"method": "foo"}, "no method 'foo'; there are ft, lora"),
+        ({"method": "base"}, "holds no method"),
+        ({"method": "json.JSONDecoder"}, "is not an EditModule"),
+        ({"method": "nowhere.Foo"}, "no method class"),
+        ({"method": "ft", "lrr": 1}, "lrr"),
+        ({"method": "ft", "dtype": "int3"}, "dtype 'int3' is not one of"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            editkit.load(tiny("llama"), **options)
+
+
+def test_a_class_outside_the_package_needs_trust(tiny, tmp_path, lm):
+    lm.edit(PROMPT, "Rome")
+    lm.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["class_path"] = "somewhere.Else"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust=True"):
+        editkit.load_edited(tmp_path)
+
+
+def test_export_refuses_what_cannot_be_merged(lm, tmp_path, monkeypatch):
+    (layer,) = lm.lm.layers.values()
+    monkeypatch.setattr(type(layer), "merged_delta", lambda self: None)
+    with pytest.raises(ValueError, match=r"DeltaLayer at 'model\.layers\.2"):
+        lm.export(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_module_attributes_are_loaded_on_demand():
+    assert editkit.EditedLM.__name__ == "EditedLM"
+    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
+        _ = editkit.nowhere
