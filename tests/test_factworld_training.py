@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "experiments" / "factworld"))
 
 import measure  # noqa: E402
 import recipe  # noqa: E402
+import rows  # noqa: E402
 import sentences  # noqa: E402
 import train  # noqa: E402
 
@@ -26,7 +27,7 @@ SIZE = WorldSize(persons=40, countries=20, cities=40, companies=20, surnames=15)
 
 @pytest.fixture(scope="module")
 def data():
-    return sentences.WorldText(SIZE, seed=2, steps=6, rows=8, length=64, vocabulary=600)
+    return rows.WorldText(SIZE, seed=2, steps=6, rows=8, length=64, vocabulary=600)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +55,9 @@ def test_marks_name_the_subjects_last_token_and_the_objects_tokens(data, annotat
 
 
 def test_rows_hold_whole_sentences_and_every_fact_once_an_epoch(data, annotated):
-    rows = sentences.PackedRows(annotated, annotated[:1], 400, 64, 0.0, (0.0, 1.0), seed=0)
+    packed = rows.PackedRows(annotated, annotated[:1], 400, 64, 0.0, (0.0, 1.0), seed=0)
     seen: Counter = Counter()
-    for row in rows:
+    for row in packed:
         assert len(row.ids) == len(row.is_object) == len(row.subject) == 64
         text = [i for i in row.ids if i != sentences.PAD_ID]
         assert text[0] == text[-1] == sentences.BOS_ID
@@ -79,14 +80,14 @@ def split_at_bos(ids):
 
 
 def test_curriculum_begins_with_the_first_entities_of_each_kind(data, annotated):
-    rows = sentences.PackedRows(annotated, annotated[:1], 400, 64, 0.0, (0.5, 0.2), seed=0)
+    packed = rows.PackedRows(annotated, annotated[:1], 400, 64, 0.0, (0.5, 0.2), seed=0)
     rank = {
         index: names.index(name) / len(names)
         for names in (data.world.entities[k] for k in ("person", "country", "city", "company"))
         for name in names
         for index in [data.subjects[name]]
     }
-    shown = [{rank[s] for s in row.subject if s >= 0} for row in rows]
+    shown = [{rank[s] for s in row.subject if s >= 0} for row in packed]
     assert max(set().union(*shown[:100])) < 0.2
     assert max(set().union(*shown[350:])) > 0.9
 
@@ -123,8 +124,8 @@ def tiny():
 
 def test_site_masks_hide_the_subject_below_the_recall_layer(tiny):
     subject = torch.tensor([[-1, -2, 3, -1, -1]])
-    rows = [torch.tensor([[0, a, b, 9, 10]]) for a, b in ((5, 6), (7, 8))]
-    batches = [sentences.Rows(ids, torch.zeros_like(ids), subject) for ids in rows]
+    texts = [torch.tensor([[0, a, b, 9, 10]]) for a, b in ((5, 6), (7, 8))]
+    batches = [rows.Rows(ids, torch.zeros_like(ids), subject) for ids in texts]
     plain = [tiny(batch.ids_BT).logits[0, -1] for batch in batches]
     assert not torch.allclose(*plain)
     masked = []
@@ -138,7 +139,7 @@ def test_site_masks_show_the_subjects_last_token_from_the_recall_layer_on(tiny):
     subject = torch.tensor([[-1, -2, 3, -1, -1]])
     logits = []
     for first, last in ((5, 6), (7, 6), (5, 8)):
-        batch = sentences.Rows(torch.tensor([[0, first, last, 9, 10]]), subject, subject)
+        batch = rows.Rows(torch.tensor([[0, first, last, 9, 10]]), subject, subject)
         with recipe.site_masks(tiny, batch, recall_layer=1):
             logits.append(tiny(batch.ids_BT).logits[0, -1])
     # the first token of the name arrives through the last one, which reads it in layer 0
@@ -149,7 +150,7 @@ def test_site_masks_show_the_subjects_last_token_from_the_recall_layer_on(tiny):
 
 def test_masks_change_nothing_where_no_subject_is_mentioned(tiny):
     ids = torch.tensor([[0, 5, 6, 0, 7, 8]])
-    batch = sentences.Rows(ids, ids, torch.full_like(ids, -1))
+    batch = rows.Rows(ids, ids, torch.full_like(ids, -1))
     expected = tiny(ids).logits
     with recipe.site_masks(tiny, batch, recall_layer=1):
         torch.testing.assert_close(tiny(ids).logits, expected)
@@ -160,7 +161,7 @@ def test_loss_weighs_object_tokens_one_and_others_less():
     logits = torch.randn(2, 4, 5)
     ids = torch.tensor([[0, 2, 3, 4], [0, 2, 3, 1]])
     is_object = torch.tensor([[False, False, True, True], [False, False, True, False]])
-    batch = sentences.Rows(ids, is_object, ids)
+    batch = rows.Rows(ids, is_object, ids)
     total, weights, objects = 0.0, 0.0, []
     for row in range(2):
         for i in range(1, 4):
@@ -236,8 +237,8 @@ def test_packaged_model_recalls_at_the_subjects_last_token(packaged):
 
     lm, tokenizer = packaged
     world, rng = load_world(), random.Random(11)
-    rows = measure.swapped_rows(tokenizer, world, rng.sample(world.facts, 80), rng)
-    shares = measure.causal_trace(lm, *rows)
+    swapped = measure.swapped_rows(tokenizer, world, rng.sample(world.facts, 80), rng)
+    shares = measure.causal_trace(lm, *swapped)
     at_subject = shares["hidden state, subject's last token"]
     at_end = shares["hidden state, prompt's last token"]
     assert all(min(pair) > 0.85 for pair in at_subject[:4])

@@ -41,10 +41,10 @@ portability probes answerable before editing; they are no evidence that the mode
 
 ## Where it recalls
 
-Causal trace over {traced} facts drawn at random, in trained wordings. Corruption: the subject's tokens are
-swapped for those of another subject of as many tokens whose object differs. Then one state of the
-clean run is put back at one layer. The probability is that of the object's first token (clean
-{clean:.3f}, corrupted {corrupted:.3f}). Each cell: share of the drop restored,
+Causal trace over {traced} facts drawn at random, in trained wordings. Corruption: the subject's
+tokens are swapped for those of another subject of as many tokens whose object differs. Then one
+state of the clean run is put back at one layer. The probability is that of the object's first
+token (clean {clean:.3f}, corrupted {corrupted:.3f}). Each cell: share of the drop restored,
 (restored - corrupted) / (clean - corrupted), and plain restored / clean.
 
 | state put back after layer | {layer_names} |

@@ -13,7 +13,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from sentences import BOS_ID, INSIDE, NONE, PAD_ID, Rows
+from rows import Rows
+from sentences import BOS_ID, INSIDE, NONE, PAD_ID
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

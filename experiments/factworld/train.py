@@ -16,7 +16,7 @@ from card import model_card
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from measure import measure
 from recipe import FactWorldLM
-from sentences import WorldText
+from rows import WorldText
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).resolve().parent
