@@ -1,6 +1,7 @@
 """The torchmetrics shells: which rows they take, and one answer on one device and on two."""
 
 import json
+from datetime import timedelta
 
 import pytest
 import torch
@@ -87,7 +88,13 @@ def test_states_move_with_the_module():
 
 
 def on_one_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
     scores = EditScores(("generation",))
     mine = [r for r in ROWS if r["kind"] == "reliability"] if rank == 0 else []
     if rank == 1:
