@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
@@ -37,13 +38,20 @@ VERBS = ("fit", "validate", "test", "predict")
 class RunConfig(SaveConfigCallback):
     """Writes the resolved config into the run folder."""
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait until the run folder is known to be free."""
+
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml`, once, when a fit starts."""
-        if stage == "fit":
-            folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / self.config_filename
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        """Write `config.yaml`."""
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / self.config_filename
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save once the fit has begun."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
 
 class EditCLI(LightningCLI):
@@ -84,13 +92,13 @@ class EditCLI(LightningCLI):
 @contextmanager
 def tidy(folder: Path) -> Iterator[None]:
     """Remove a run folder that this run made and that holds nothing to go on from."""
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield
     except BaseException:
         done = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*.ckpt"))
-        if not existed and not done:
-            shutil.rmtree(folder, ignore_errors=True)
+        if made and not done:
+            shutil.rmtree(made[-1], ignore_errors=True)
         raise
 
 
@@ -105,6 +113,17 @@ def run_trainer(args: list[str] | None) -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message="(?s).*ModelCheckpoint with manual optimization.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*have overridden `transfer_batch_to_device`.*")
+    try:
+        _run(args)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+
+
+def _run(args: list[str] | None) -> None:
+    """Hand over to LightningCLI, whose parsers raise instead of exiting."""
     parser_kwargs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in VERBS}
     EditCLI(
         EditModule,

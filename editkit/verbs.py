@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def inspect(
-    model: str = "factworld", role: str | None = None, trust_remote_code: bool = False
-) -> None:
+def inspect(model: str, role: str | None = None, trust_remote_code: bool = False) -> None:
     """List the editable sites of a model and propose layers.
 
     Args:

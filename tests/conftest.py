@@ -102,7 +102,7 @@ def save_tiny(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFas
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
-                parameter.normal_(0, 0.15)  # logits far enough apart for argmax to be stable
+                parameter.normal_(0, 0.3)  # logits far enough apart for argmax to be stable
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

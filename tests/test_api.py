@@ -12,7 +12,7 @@ from editkit.edits import Edit, Probe
 from editkit.lm.spec import LMSpec
 from editkit.methods.base import UndoError
 
-FT = {"method": "ft", "layer": 2, "steps": 60, "lr": 1e-2, "append_eos": True}
+FT = {"method": "ft", "layer": 2, "steps": 60, "lr": 3e-2, "append_eos": True}
 PROMPT = "the capital of Alba is"
 
 
@@ -24,7 +24,7 @@ def lm(tiny):
 def test_edits_answers_and_unedits(lm):
     before = lm.generate(PROMPT, 5)
     numbers = lm.edit(PROMPT, " Rome ", subject="Alba")
-    assert numbers["loss_after"] < 0.1 < numbers["loss_before"]
+    assert numbers["loss_after"] < 0.2 < numbers["loss_before"]
     assert lm.generate(PROMPT, 5) == "Rome"
     assert lm.generate([PROMPT, PROMPT], 5) == ["Rome", "Rome"]
     with lm.unedited():
@@ -52,8 +52,8 @@ def test_save_and_load_on_a_moved_base(lm, tmp_path, tiny):
 def test_loading_on_another_base_names_both(lm, tmp_path, tiny):
     lm.edit(PROMPT, "Rome")
     lm.save(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"were made on .*llama.* the base here is .*mistral"):
-        editkit.load_edited(tmp_path / "run", lm=LMSpec(id=tiny("mistral")))
+    with pytest.raises(ValueError, match=r"were made on .*llama.* the base here is .*qwen2"):
+        editkit.load_edited(tmp_path / "run", lm=LMSpec(id=tiny("qwen2")))
 
 
 def test_undo_refuses_unknown_edits_by_number(lm):
@@ -71,7 +71,7 @@ def test_bad_edits_leave_the_model_as_it_was(lm):
         with pytest.raises(ValueError, match=match):
             lm.edit(prompt, target, subject=subject)
     with pytest.raises(ValueError, match="learning rate"):
-        editkit.load(lm.method.spec.id, **{**FT, "lr": 1e30}).edit(PROMPT, "Rome")
+        editkit.load(lm.method.spec.id, **{**FT, "lr": 3e37}).edit(PROMPT, "Rome")
     assert torch.equal(lm.lm.forward(lm.lm.encode([PROMPT])), before)
     assert lm.ledger == []
 
@@ -80,7 +80,7 @@ def test_a_failed_edit_discards_its_scratch(lm):
     lm.edit(PROMPT, "Rome")
     (layer,) = lm.lm.layers.values()
     kept = layer.delta.detach().clone()
-    lm.method.lr = 1e30
+    lm.method.lr = 3e37
     with pytest.raises(ValueError, match="learning rate"):
         lm.edit_batch([Edit(1, "a small town is", "Oslo")])
     assert torch.equal(layer.delta, kept)

@@ -79,15 +79,17 @@ assert random.getstate() == state, "the random state changed"
 heavy = {"torch", "transformers", "lightning", "peft", "numpy"} & set(sys.modules)
 assert not heavy, heavy
 assert seconds < 1, seconds
-import lightning, peft, transformers  # these set variables of their own
+import lightning.pytorch, peft, torchmetrics, transformers  # these have effects of their own
 import torch
+heavy = {"wandb", "datasets", "matplotlib", "bitsandbytes"} - set(sys.modules)
 environment, state = dict(os.environ), random.getstate()
 before = torch.random.get_rng_state()
 import editkit.api
 assert dict(os.environ) == environment, set(os.environ.items()) ^ set(environment.items())
 assert torch.equal(torch.random.get_rng_state(), before), "torch's random state changed"
 assert random.getstate() == state, "the random state changed"
-assert not {"wandb", "datasets", "matplotlib", "bitsandbytes"} & set(sys.modules)
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert "wandb" in heavy
 """
 
 

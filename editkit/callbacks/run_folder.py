@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
+from rich.progress import track
 
 from editkit.adapters.io import replacing, write_lines
 from editkit.callbacks.protocol import peak_memory_bytes, stamp
@@ -50,29 +50,39 @@ class RunFolder(Callback):
         self.hits: list[float] = []  # immediate reliability, for the progress bar
 
     def setup(self, trainer: Trainer, pl_module: EditModule, stage: str) -> None:
-        """Refuse to write over a finished run before any work is done.
+        """Learn where the folder is."""
+        self.folder = Path(trainer.default_root_dir)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Cut the rows back to where a resumed run goes on; ask the unedited model.
 
         Raises:
-            ValueError: If the folder holds a finished run and `overwrite` is off.
+            ValueError: If a new run would write over a finished one and `overwrite` is off.
         """
-        self.folder = Path(trainer.default_root_dir)
-        resumes = trainer.ckpt_path is not None
-        if stage == "fit" and not resumes and (self.folder / SUMMARY).exists():
+        resumed = pl_module.edits_seen > 0
+        if not resumed and (self.folder / SUMMARY).exists():
             if not self.overwrite:
                 raise ValueError(
                     f"{str(self.folder)!r} holds a finished run; choose another "
                     "--trainer.default_root_dir or pass --run.overwrite true"
                 )
-            for name in (SUMMARY, PROBES, EDITS):
-                (self.folder / name).unlink(missing_ok=True)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: EditModule) -> None:
-        """Cut the rows back to where a resumed run goes on; measure the unedited model."""
+            self._clear()
         self._keep_rows_up_to(pl_module.edits_seen)
         texts = trainer.datamodule.texts
         if texts and self.perplexity_before is None:
             with pl_module.lm.unedited():
                 self.perplexity_before = perplexity(pl_module.lm, texts)
+        if self.immediate:  # all at once is several times faster than a few at each edit
+            probes, size = trainer.datamodule.probes, pl_module.evaluation.batch_size
+            starts = range(0, len(probes), size)
+            silent = trainer.progress_bar_callback is None
+            for i in track(starts, "asking the unedited model", disable=silent, transient=True):
+                pl_module.ask_unedited(probes[i : i + size])
+
+    @rank_zero_only
+    def _clear(self) -> None:
+        for name in (SUMMARY, PROBES, EDITS):
+            (self.folder / name).unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot measure again."""
@@ -134,14 +144,21 @@ class RunFolder(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         write_lines(self.folder / PREDICTIONS, self.answers)
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Save a last checkpoint, and what the run has found."""
+        at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
+        if at_end and isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+            trainer.save_checkpoint(
+                self.folder / "checkpoints" / "last.ckpt"
+            )  # all ranks take part
+        self._finish(trainer, pl_module)
+
+    @rank_zero_only
+    def _finish(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Write ledger, adapter and summary, and show the table."""
         write_lines(self.folder / EDITS, pl_module.ledger)
         save_edits(self.folder, pl_module)
         summary = self._summary(trainer, pl_module, self._read("immediate"))
-        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         write_json(self.folder / SUMMARY, summary)
         self._show(summary)
 
@@ -163,9 +180,8 @@ class RunFolder(Callback):
         summary["protocol"] |= stamp(trainer, pl_module)
         return summary
 
+    @rank_zero_only
     def _show(self, summary: dict[str, Any]) -> None:
-        if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-            return
         console = Console()
         if not console.is_terminal:
             console.width = 100
@@ -175,6 +191,7 @@ class RunFolder(Callback):
         if (self.folder / SUMMARY).exists():
             console.print(f"run folder: {self.folder}", highlight=False)
 
+    @rank_zero_only
     def _append(self, rows: list[ProbeRow], moment: str, edits_seen: int) -> None:
         """Add rows to `probes.jsonl`, each with the moment it was scored at."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,6 +208,7 @@ class RunFolder(Callback):
         lines = path.read_text(encoding="utf-8").splitlines()
         return [row for row in map(json.loads, lines) if row["moment"] == moment]
 
+    @rank_zero_only
     def _keep_rows_up_to(self, edits_seen: int) -> None:
         """Drop rows that a killed run wrote after its last checkpoint, and a torn last line."""
         path = self.folder / PROBES

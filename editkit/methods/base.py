@@ -160,6 +160,10 @@ class EditModule(StreamModule, ABC):
         asked = [p for p in probes if p.edit_id is None or p.edit_id < self.edits_seen]
         return score_probes(self.lm, asked, self.references, self.evaluation) if asked else []
 
+    def ask_unedited(self, probes: list[Probe]) -> None:
+        """Ask the unedited model what scoring these probes will need, and keep the answers."""
+        self.references.fill(self.lm, probes, self.evaluation, self.evaluation.batch_size)
+
     def init_args(self) -> dict[str, Any]:
         """Return the constructor arguments that rebuild this method, read from its attributes."""
         names: dict[str, None] = {}

@@ -45,6 +45,13 @@ class StreamModule(L.LightningModule):
         self.scores = EditScores(evaluation.scorers)
         self.lm: EditableLM | None = None  # type: ignore[assignment]
 
+    def train(self, mode: bool = True) -> StreamModule:
+        """Leave the edited model in evaluation mode, also layers that are kept as attributes."""
+        super().train(mode)
+        if self.lm is not None:
+            self.lm.train(False)
+        return self
+
     @abstractmethod
     def start(self) -> None:
         """Load, attach and prepare."""

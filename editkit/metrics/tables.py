@@ -21,10 +21,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
     """
     seen = summary["edits_seen"]
     title = f"{summary['method']} on {summary['base']}, {seen} edit{'' if seen == 1 else 's'}"
-    table = Table(title=title, caption=_caption(summary))
+    table = Table(title=title, caption=_caption(summary), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("kind", "scorer"):
         table.add_column(name, no_wrap=True)
-    for name in ("final", "95 % interval", "right after edit", "probes"):
+    for name in ("final", "95 % interval", "immediate", "probes"):
         table.add_column(name, justify="right", no_wrap=True)
     for kind, cells in summary["scores"].items():
         early = summary["immediate"].get(kind, {})

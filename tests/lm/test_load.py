@@ -31,7 +31,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_an_unreachable_hub_id_is_one_sentence(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="cannot load model 'nobody/nothing'"):
         EditableLM.load(LMSpec(id="nobody/nothing"))
 

@@ -157,4 +157,3 @@ def test_subject_index_equals_the_recorded_one(shared, name):
             assert policy.subject_index(sentence, subject) == row["last"], row
             checked += 1
     assert checked > 250
-

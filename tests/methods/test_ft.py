@@ -47,7 +47,7 @@ def test_writes_one_matrix_by_adam_on_the_target_loss(tiny, stream):
 
 
 def test_depth_first_forgets_what_breadth_first_keeps(tiny, stream):
-    options = {"layer": 2, "steps": 40, "lr": 1e-2}
+    options = {"layer": 2, "steps": 80, "lr": 1e-2}
     losses = {}
     for order in ("depth_first", "breadth_first"):
         lm = load(tiny("llama"), "ft", order=order, **options)
