@@ -337,3 +337,15 @@ def test_wandb_writes_offline_files_without_a_key(fit, monkeypatch, tmp_path):
     logger = ROOT / "experiments" / "logger" / "wandb.yaml"
     assert main(fit(f"--trainer.logger={logger}", "--data.limit=2")) == 0
     assert list(tmp_path.glob("runs/wandb/offline-run-*/run-*.wandb"))
+
+
+def test_a_real_checkpoint_takes_easyedits_rows(fit, shared, capsys):
+    """Grouped-query attention, a SentencePiece tokenizer, and ZsRE as published."""
+    model = shared("data/models/stories260K/hf")
+    rows = shared("data/zsre/zsre_mend_edit.json")
+    more = [f"--model.lm.id={model}", f"--data.path={rows}", "--data.limit=4"]
+    assert main(fit(*more, "--model.steps=40")) == 0
+    summary = json.loads(Path("runs/x/summary.json").read_text())
+    kinds = {"reliability", "generalization", "locality", "locality_gold", "portability"}
+    assert set(summary["scores"]) == kinds
+    assert all(e["loss_after"] < e["loss_before"] for e in rows_of("runs/x/edits.jsonl"))

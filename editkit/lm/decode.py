@@ -40,8 +40,9 @@ def decode_greedy(
     ids_BT, mask_BT = align_left(tokens)
     ends_V = _ends(lm, stop)
     check_every = 1 if ids_BT.device.type == "cpu" else CHECK_EVERY
-    done_B = torch.zeros_like(mask_BT[:, 0])
     position_B1 = mask_BT.sum(1, keepdim=True)
+    room_B = (lm.max_positions - position_B1[:, 0]).clamp_max(max_new_tokens)
+    done_B = room_B <= 0
     step: dict[str, Any] = {
         "input_ids": ids_BT,
         "position_ids": (mask_BT.long().cumsum(1) - 1).clamp_min(0),
@@ -54,18 +55,19 @@ def decode_greedy(
             lm.scope.prompt_BT = None
             next_B = out.logits[:, -1].float().argmax(-1)
             new.append(next_B)
-            done_B = done_B | ends_V[next_B]
+            done_B = done_B | ends_V[next_B] | (room_B <= count)
             if count % check_every == 0 and bool(done_B.all()):
                 break
             mask_BT = torch.cat([mask_BT, torch.ones_like(mask_BT[:, :1])], dim=1)
             step = {
                 "input_ids": next_B[:, None],
-                "position_ids": position_B1 + count - 1,
+                "position_ids": (position_B1 + count - 1).clamp_max(lm.max_positions - 1),
                 "past_key_values": out.past_key_values,
             }
     finally:
         lm.scope.prompt_BT = None
-    return _texts(lm, torch.stack(new, dim=1).tolist() if new else [[] for _ in ids_BT])
+    rows = torch.stack(new, dim=1).tolist() if new else [[] for _ in ids_BT]
+    return _texts(lm, rows, room_B.tolist(), ends_V.tolist())
 
 
 def _ends(lm: EditableLM, stop: tuple[str, ...]) -> Tensor:
@@ -81,11 +83,15 @@ def _ends(lm: EditableLM, stop: tuple[str, ...]) -> Tensor:
     return lm.ends[stop].to(lm.device)
 
 
-def _texts(lm: EditableLM, rows: list[list[int]]) -> list[str]:
-    """Turn new ids into text, up to the first EOS, without the leading space."""
+def _texts(lm: EditableLM, rows: list[list[int]], room: list[int], ends: list[bool]) -> list[str]:
+    """Turn new ids into text, each row up to its own end, without the leading space.
+
+    What a row was given while its batch-mates went on is dropped; so is a closing EOS.
+    """
     cut, eos_ids = [], lm.eos_ids
-    for row in rows:
-        end = next((i for i, token in enumerate(row) if token in eos_ids), len(row))
-        cut.append(row[:end])
+    for row, most in zip(rows, room, strict=True):
+        last = next((i for i, token in enumerate(row) if ends[token]), len(row))
+        own = row[: min(last + 1, most)]
+        cut.append(own[:-1] if own and own[-1] in eos_ids else own)
     texts: list[str] = lm.tokenizer.batch_decode(cut, skip_special_tokens=True)
     return [text.removeprefix(" ") for text in texts]

@@ -138,7 +138,7 @@ class EditableLM(nn.Module):
     ) -> Tokens:
         """Encode rows onto the model's device; see `editkit.lm.tokens.TokenPolicy.encode`."""
         tokens = self.policy.encode(prompts, targets, subjects, padding, append_eos)
-        self._check_length(tokens, 0)
+        self._check_length(tokens)
         return tokens.to(self.device)
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -180,27 +180,31 @@ class EditableLM(nn.Module):
 
         Args:
             prompts: Texts, or encoded prompts padded on either side.
-            max_new_tokens: Budget per row.
-            stop: A row may end early once its new text holds one of these; it is not cut there.
+            max_new_tokens: Budget per row; a row also ends at the model's last position.
+            stop: A row ends with the first token whose text holds one of these.
 
         Returns:
             The new text of each row up to EOS, without its leading space.
 
         Raises:
-            ValueError: If prompt and budget exceed the model's positions.
+            ValueError: If a prompt exceeds the model's positions.
         """
         tokens = prompts if isinstance(prompts, Tokens) else self.encode(prompts, padding="left")
-        self._check_length(tokens, max_new_tokens)
         return decode_greedy(self, tokens, max_new_tokens, stop)
 
-    def _check_length(self, tokens: Tokens, extra: int) -> None:
-        """Refuse rows beyond the model's positions, in words rather than in a device assert."""
+    @property
+    def max_positions(self) -> int:
+        """Most tokens of a row, by the model's config; a very large number where it names none."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        longest = int(tokens.mask_BT.sum(1).max()) + extra
-        if limit is not None and longest > limit:
+        return int(limit) if limit else 2**31
+
+    def _check_length(self, tokens: Tokens) -> None:
+        """Refuse rows beyond the model's positions, in words rather than in a device assert."""
+        longest = int(tokens.mask_BT.sum(1).max())
+        if longest > self.max_positions:
             raise ValueError(
-                f"a row of {longest} tokens (with {extra} to generate) exceeds the {limit} "
-                f"positions of {self.spec.id}; shorten its text"
+                f"a row of {longest} tokens exceeds the {self.max_positions} positions of "
+                f"{self.spec.id}; shorten its text"
             )
 
     def _call(self, tokens: Tokens) -> Tensor:

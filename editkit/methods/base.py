@@ -151,9 +151,14 @@ class EditModule(StreamModule, ABC):
     @torch.no_grad()
     def edit_losses(self, edits: list[Edit]) -> Tensor:
         """Return each edit's mean target NLL under the model as it is, nats [B]."""
-        tokens = self.lm.encode([e.prompt for e in edits], [e.target for e in edits])
-        logits_NV = self.lm.target_logits(tokens)
-        return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(edits))
+        size, losses = self.evaluation.batch_size, []
+        for start in range(0, len(edits), size):
+            part = edits[start : start + size]
+            tokens = self.lm.encode([e.prompt for e in part], [e.target for e in part])
+            logits_NV = self.lm.target_logits(tokens)
+            ids_N, rows_N = tokens.target_ids_N, tokens.target_rows_N
+            losses.append(target_nll(logits_NV, ids_N, rows_N, len(part)))
+        return torch.cat(losses)
 
     def score(self, probes: list[Probe]) -> list[ProbeRow]:
         """Score the probes whose edits are applied; one row per probe and kind."""

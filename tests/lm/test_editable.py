@@ -120,9 +120,10 @@ def test_stop_strings_end_a_row_early_without_cutting(tiny):
     free = lm.generate(PROMPTS, max_new_tokens=24)
     mark = free[0][10]
     stopped = lm.generate(PROMPTS, max_new_tokens=24, stop=(mark,))
-    for text, whole in zip(stopped, free, strict=True):
+    for prompt, text, whole in zip(PROMPTS, stopped, free, strict=True):
         assert whole.startswith(text)
         assert mark in text or text == whole
+        assert lm.generate([prompt], max_new_tokens=24, stop=(mark,)) == [text]
 
 
 def test_bf16_edits_stay_fp32_when_the_model_moves(tiny):
@@ -159,5 +160,14 @@ def test_wrong_layers_and_sites_are_refused_in_words(tiny):
         lm.attach(lm.site(0).path, DeltaLayer)
     with pytest.raises(ValueError, match="exceeds the 128"):
         lm.encode(["town " * 200])
-    with pytest.raises(ValueError, match="with 127 to generate"):
-        lm.generate(["the town is"], max_new_tokens=127)
+
+
+def test_a_row_ends_at_the_models_last_position_whatever_its_batch_mates(tiny):
+    """GPT-2's positions are a table of 128: one more would be an index error."""
+    lm = EditableLM.load(LMSpec(id=tiny("gpt2")))
+    prompts = ["the town is", "a " * 40 + "city"]
+    together = lm.generate(prompts, max_new_tokens=500)
+    assert together == [lm.generate([p], max_new_tokens=500)[0] for p in prompts]
+    for prompt, text in zip(prompts, together, strict=True):
+        assert len(lm.policy.ids([prompt])[0]) < 128
+        assert text
