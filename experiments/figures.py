@@ -18,7 +18,13 @@ RUNS, RESULTS = ROOT / "runs" / "figures", ROOT / "experiments" / "results"
 METHODS = {
     "FT, depth-first": ["experiments/method/ft.yaml", "--model.lr=3e-3", "--model.append_eos=true"],
     "FT, breadth-first": ["experiments/method/ft_breadth_first.yaml", "--model.lr=3e-3"],
-    "LoRA": ["experiments/method/lora.yaml", "--model.append_eos=true"],
+    "LoRA": [
+        "experiments/method/lora.yaml",
+        "--model.lr=1e-3",
+        "--model.roles=[mlp.down]",
+        "--model.layers=[5]",
+        "--model.append_eos=true",
+    ],  # fmt: skip
 }
 COLUMNS = [
     ("reliability", "right after"),
@@ -37,6 +43,8 @@ def run(name: str, arguments: list[str]) -> dict:
     command = [
         sys.executable, "-m", "editkit", "fit", f"--model={method}", "--model.lm.id=factworld",
         *options, "--data=experiments/data/factworld.yaml", "--data.limit=300",
+        "--data.probes_per_batch=256", "--model.evaluation.batch_size=256",
+        "--model.evaluation.max_new_tokens=20",
         f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu",
         "--run.overwrite=true",
     ]  # fmt: skip
