@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test figures lint clean
+.PHONY: quickstart test figures clean
 
 quickstart: $(STAMP)  ## edit the packaged model with a stream of edits and print the table
 	$(BIN)/editkit fit -c experiments/quickstart.yaml --run.overwrite true
@@ -22,7 +22,7 @@ figures: $(STAMP)  ## measure the README's table again (about 10 minutes)
 clean:
 	rm -rf $(VENV) runs
 
-# The pinned set; torch first, so that its CPU build satisfies what follows.
+# The pinned set.
 $(STAMP): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip

@@ -10,11 +10,25 @@ import os
 import sys
 from argparse import ArgumentError
 
-from jsonargparse import auto_cli
+from jsonargparse import CLI
 
 from editkit import __version__, verbs
 
 VERBS = {"inspect": verbs.inspect, "generate": verbs.generate, "export": verbs.export}
+
+
+TRAINER_VERBS = ("fit", "validate", "test", "predict")
+USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the options of a verb
+
+  fit        apply a stream of edits and show what it did
+  validate   ask the probes of an edited model again (also: test)
+  predict    answer the probes' prompts with an edited model
+  generate   answer a prompt with an edited model
+  inspect    list a model's editable sites and propose layers
+  export     write an edited model as a plain Hugging Face folder
+
+editkit --version shows the version; EDITKIT_TRACEBACK=1 the traceback behind an error.
+"""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -23,18 +37,24 @@ def main(args: list[str] | None = None) -> int:
     try:
         if given[:1] == ["--version"]:
             sys.stdout.write(f"editkit {__version__}\n")
-        elif given and given[0] in VERBS:
-            auto_cli(
-                VERBS[given[0]], args=given[1:], prog=f"editkit {given[0]}", as_positional=True
+        elif given in ([], ["-h"], ["--help"]):
+            sys.stdout.write(USAGE)
+        elif not given[0].startswith("-") and given[0] not in (*TRAINER_VERBS, *VERBS):
+            raise ValueError(
+                f"no verb {given[0]!r}; there are {', '.join((*TRAINER_VERBS, *VERBS))}"
             )
+        elif given and given[0] in VERBS:
+            CLI(VERBS[given[0]], args=given[1:], prog=f"editkit {given[0]}", as_positional=True)
         else:
             from editkit.trainer_cli import run_trainer
 
             run_trainer(args)
-    except (ArgumentError, ValueError, OSError, RuntimeError) as error:
+    except (ArgumentError, ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EDITKIT_TRACEBACK"):
             raise
         sentence = " ".join(str(error).split())
+        if "unexpected pos" in sentence:  # torch's word for a file that it could not finish
+            sentence = f"a checkpoint could not be written, is the disk full? ({sentence})"
         sys.stderr.write(f"editkit: error: {sentence}\n")
         return 2 if isinstance(error, ArgumentError) else 1
     return 0

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +13,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from editkit.callbacks.folder import claim, keep_metrics, tidy
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
-from editkit.callbacks.run_folder import SUMMARY, RunFolder
+from editkit.callbacks.run_folder import RunFolder
 from editkit.data.base import EditDataModule
 from editkit.methods.base import EditModule
 
@@ -66,9 +64,12 @@ class EditCLI(LightningCLI):
         """Give the Trainer a CSV logger, checkpoints and a bar where the config names none."""
         config = self._get(self.config_init, "trainer", default={})
         folder = Path(config["default_root_dir"])
-        if config["logger"] is None:
+        if self.subcommand != "fit":
+            kwargs["logger"] = False  # a CSV logger would begin the run's own file again
+        elif config["logger"] is None:
             kwargs["logger"] = CSVLogger(folder, name="", version="")
-        callbacks = [*(config["callbacks"] or [])]
+        given = config["callbacks"] or []
+        callbacks = [*given] if isinstance(given, list) else [given]
         wanted = config["enable_checkpointing"] in (None, True)
         if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(
@@ -85,21 +86,13 @@ class EditCLI(LightningCLI):
 
     def fit(self, model: EditModule, **kwargs: Any) -> None:
         """Edit; where that fails before anything could be resumed, leave no folder behind."""
-        with tidy(Path(self.trainer.default_root_dir)):
+        folder = Path(self.trainer.default_root_dir)
+        with tidy(folder):
+            if kwargs.get("ckpt_path") is None:
+                claim(folder, self._get(self.config_init, "run").overwrite)
+            else:
+                keep_metrics(folder)
             self.trainer.fit(model, **kwargs)
-
-
-@contextmanager
-def tidy(folder: Path) -> Iterator[None]:
-    """Remove a run folder that this run made and that holds nothing to go on from."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        done = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*.ckpt"))
-        if made and not done:
-            shutil.rmtree(made[-1], ignore_errors=True)
-        raise
 
 
 def run_trainer(args: list[str] | None) -> None:

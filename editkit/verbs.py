@@ -44,31 +44,31 @@ def inspect(model: str, role: str | None = None, trust_remote_code: bool = False
 
 
 def generate(
-    run: Path, prompts: list[str], max_new_tokens: int = 50, base: bool = False, trust: bool = False
+    run: Path, prompt: str, max_new_tokens: int = 50, base: bool = False, trust: bool = False
 ) -> None:
-    """Answer prompts with an edited model.
+    """Answer a prompt with an edited model.
 
     Args:
         run: Run folder.
-        prompts: One prompt or more.
-        max_new_tokens: Budget per answer.
+        prompt: Text to continue.
+        max_new_tokens: Budget of the answer.
         base: Answer with the unedited model beside it.
         trust: Allow a method class from outside editkit.
     """
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from editkit.api import load_edited
 
     lm = load_edited(run, trust=trust)
     table = Table("prompt", "edited")
-    columns = [prompts, lm.generate(prompts, max_new_tokens)]
+    row = [prompt, lm.generate(prompt, max_new_tokens)]
     if base:
         table.add_column("unedited")
         with lm.unedited():
-            columns.append(lm.generate(prompts, max_new_tokens))
-    for row in zip(*columns, strict=True):
-        table.add_row(*row)
+            row.append(lm.generate(prompt, max_new_tokens))
+    table.add_row(*map(Text, row))
     Console().print(table)
 
 

@@ -24,7 +24,7 @@ METHODS = {
         "--model.roles=[mlp.down]",
         "--model.layers=[5]",
         "--model.append_eos=true",
-    ],  # fmt: skip
+    ],
 }
 COLUMNS = [
     ("reliability", "right after"),
@@ -49,10 +49,6 @@ def run(name: str, arguments: list[str]) -> dict:
         "--run.overwrite=true",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
-    kept = RESULTS / folder.name
-    kept.mkdir(parents=True, exist_ok=True)
-    for file in ("summary.json", "config.yaml"):
-        shutil.copy(folder / file, kept / file)
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -93,14 +89,19 @@ def table(summaries: dict[str, dict]) -> str:
     for name, summary in summaries.items():
         values = [f"{a['scores']['reliability'][SCORER]['value']:.2f}" for a in summary["by_age"]]
         lines.append(f"| {name} | " + " | ".join(values) + " |")
-    protocol = next(iter(summaries.values()))["protocol"]
-    lines += ["", f"Commit {str(protocol['commit'])[:12]}, seed {protocol['seed']}, one seed."]
+    commits = {str(summary["protocol"]["commit"]) for summary in summaries.values()}
+    lines += ["", f"One seed each; commit {', '.join(sorted(commits))}."]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run everything and write the table into the README."""
     text = table({name: run(name, arguments) for name, arguments in METHODS.items()})
+    for folder in RUNS.iterdir():
+        kept = RESULTS / folder.name
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in ("summary.json", "config.yaml"):
+            shutil.copy(folder / file, kept / file)
     readme = ROOT / "README.md"
     begin, end = "<!-- figures: begin -->", "<!-- figures: end -->"
     head, rest = readme.read_text().split(begin)

@@ -55,6 +55,13 @@ class EditLayer(nn.Module, ABC):
         return hasattr(self.base_layer, "nf")
 
     @property
+    def shape_oi(self) -> tuple[int, int]:
+        """Width D of the output and F of the input, also where the weight is stored packed."""
+        if self.is_transposed:
+            return self.weight_oi.shape[0], self.weight_oi.shape[1]
+        return cast(int, self.base_layer.out_features), cast(int, self.base_layer.in_features)
+
+    @property
     def weight_oi(self) -> Tensor:
         """Base weight, always [out, in]."""
         weight = cast(Tensor, self.base_layer.weight)

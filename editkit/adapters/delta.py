@@ -26,8 +26,8 @@ class DeltaLayer(EditLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        zeros = torch.zeros(self.weight_oi.shape, device=self.weight_oi.device)
-        self.delta = nn.Parameter(zeros.float())
+        device = self.weight_oi.device
+        self.delta = nn.Parameter(torch.zeros(self.shape_oi, device=device, dtype=torch.float32))
         self._copy: Tensor | None = None
 
     def edited(self, x: Tensor, y: Tensor) -> Tensor:

@@ -57,7 +57,10 @@ def save_adapter(folder: Path, layers: dict[str, EditLayer], config: dict[str, A
         for name, tensor in layer.edit_state().items()
     }
     with replacing(folder / TENSORS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {str(folder / TENSORS)!r}: {error}") from error
         digest = _sha256(temporary)
     with replacing(folder / CONFIG) as temporary:
         record = {"format": FORMAT, **config, "tensors_sha256": digest}

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from editkit.adapters.io import replacing, write_lines
+from editkit.callbacks.folder import EDITS, PREDICTIONS, PROBES, SUMMARY, claim
 from editkit.callbacks.protocol import peak_memory_bytes, stamp
 from editkit.methods.artefact import save_edits
 from editkit.methods.base import EditModule
@@ -26,8 +27,11 @@ from editkit.metrics.perplexity import perplexity
 from editkit.metrics.summary import RunFacts, summarise, write_json
 from editkit.metrics.tables import age_table, summary_table
 
-PROBES, EDITS, SUMMARY = "probes.jsonl", "edits.jsonl", "summary.json"
-PREDICTIONS = "predictions.jsonl"
+
+def is_over(trainer: Trainer, pl_module: EditModule) -> bool:
+    """Whether the last edit of this run is made: of the stream, or of `max_steps`."""
+    at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
+    return at_end or 0 < trainer.max_steps <= trainer.global_step
 
 
 class RunFolder(Callback):
@@ -46,6 +50,8 @@ class RunFolder(Callback):
         self.overwrite = overwrite
         self.perplexity_before: float | None = None
         self.rows: list[ProbeRow] = []  # of the validation under way
+        self.finished = False  # kept in checkpoints: Lightning runs nothing behind the last epoch
+        self.asked_at = -1  # edits applied when all probes were asked last
         self.answers: list[dict[str, Any]] = []  # of the prediction under way
         self.hits: list[float] = []  # immediate reliability, for the progress bar
 
@@ -57,16 +63,17 @@ class RunFolder(Callback):
         """Cut the rows back to where a resumed run goes on; ask the unedited model.
 
         Raises:
-            ValueError: If a new run would write over a finished one and `overwrite` is off.
+            ValueError: If a new run would write over another and `overwrite` is off, or the
+                checkpoint is of a finished run.
         """
         resumed = pl_module.edits_seen > 0
-        if not resumed and (self.folder / SUMMARY).exists():
-            if not self.overwrite:
-                raise ValueError(
-                    f"{str(self.folder)!r} holds a finished run; choose another "
-                    "--trainer.default_root_dir or pass --run.overwrite true"
-                )
-            self._clear()
+        if resumed and self.finished:
+            raise ValueError(
+                f"the checkpoint is of a finished run of {pl_module.edits_seen} edits; begin a new "
+                "run in another --trainer.default_root_dir for a longer stream"
+            )
+        if not resumed:
+            claim(self.folder, self.overwrite)
         self._keep_rows_up_to(pl_module.edits_seen)
         texts = trainer.datamodule.texts
         if texts and self.perplexity_before is None:
@@ -79,19 +86,15 @@ class RunFolder(Callback):
             for i in track(starts, "asking the unedited model", disable=silent, transient=True):
                 pl_module.ask_unedited(probes[i : i + size])
 
-    @rank_zero_only
-    def _clear(self) -> None:
-        for name in (SUMMARY, PROBES, EDITS):
-            (self.folder / name).unlink(missing_ok=True)
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot measure again."""
-        return {"perplexity_before": self.perplexity_before, "hits": self.hits}
+        kept = ("perplexity_before", "hits", "finished")
+        return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take `state_dict` back."""
-        self.perplexity_before = state_dict["perplexity_before"]
-        self.hits = state_dict["hits"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: EditModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,8 +131,9 @@ class RunFolder(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._show(self._summary(trainer, pl_module, []))
             return
-        at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
-        self._append(self.rows, "final" if at_end else "milestone", pl_module.edits_seen)
+        self.asked_at = pl_module.edits_seen
+        moment = "final" if is_over(trainer, pl_module) else "milestone"
+        self._append(self.rows, moment, pl_module.edits_seen)
 
     on_test_end = on_validation_end
 
@@ -146,8 +150,13 @@ class RunFolder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Save a last checkpoint, and what the run has found."""
-        at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
-        if at_end and isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+        if self.asked_at != pl_module.edits_seen:  # killed before its last validation, resumed
+            probes, size = trainer.datamodule.probes, pl_module.evaluation.batch_size
+            starts = range(0, len(probes), size)
+            self.rows = [r for i in starts for r in pl_module.score(probes[i : i + size])]
+            self._append(self.rows, "final", pl_module.edits_seen)
+        self.finished = pl_module.edits_seen >= len(trainer.datamodule.edits)
+        if self.finished and isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             trainer.save_checkpoint(
                 self.folder / "checkpoints" / "last.ckpt"
             )  # all ranks take part

@@ -149,7 +149,13 @@ class EditDataModule(LightningDataModule, ABC):
         return Batches(self.edits, self._spans(), first)
 
     def val_dataloader(self) -> Batches[Probe]:
-        """All probes; the evaluator leaves out those of edits not yet applied."""
+        """All probes; the evaluator leaves out those of edits not yet applied.
+
+        Raises:
+            ValueError: If a checkpoint was restored whose edits are not this stream's.
+        """
+        if self._restored is not None:
+            self._check_stream(self._restored)
         size, count = self.probes_per_batch, len(self.probes)
         spans = [(start, min(start + size, count)) for start in range(0, count, size)]
         return Batches(self.probes, spans)
@@ -181,6 +187,19 @@ class EditDataModule(LightningDataModule, ABC):
 
     def _resume(self, state: dict[str, Any]) -> int:
         """Batches of this stream that a checkpoint has already applied."""
+        self._check_stream(state)
+        applied = state["edits_applied"]
+        ends = [0] + [stop for _, stop in self._spans()]
+        if applied not in ends or ends.index(applied) != state["batches"]:
+            raise ValueError(
+                f"the checkpoint has applied {applied} edits in {state['batches']} batches, which"
+                f" edits_per_step={self.edits_per_step} and increments={self.increments} do not;"
+                " resume with the edits_per_step and increments of that run"
+            )
+        return int(state["batches"])
+
+    def _check_stream(self, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose edits are not the first ones of this stream."""
         applied = state["edits_applied"]
         if applied > len(self.edits):
             raise ValueError(
@@ -193,11 +212,3 @@ class EditDataModule(LightningDataModule, ABC):
                 " with the file, start, order and seed of that run, or begin a new run without"
                 " ckpt_path"
             )
-        ends = [0] + [stop for _, stop in self._spans()]
-        if applied not in ends or ends.index(applied) != state["batches"]:
-            raise ValueError(
-                f"the checkpoint has applied {applied} edits in {state['batches']} batches, which"
-                f" edits_per_step={self.edits_per_step} and increments={self.increments} do not;"
-                " resume with the edits_per_step and increments of that run"
-            )
-        return int(state["batches"])

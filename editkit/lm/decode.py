@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from editkit.lm.tokens import Tokens
 
@@ -47,6 +48,8 @@ def decode_greedy(
         "input_ids": ids_BT,
         "position_ids": (mask_BT.long().cumsum(1) - 1).clamp_min(0),
     }
+    if getattr(lm.model, "_supports_cache_class", False):  # transformers 4: Gemma-2's own is short
+        step["past_key_values"] = DynamicCache()
     new: list[Tensor] = []
     lm.scope.prompt_BT = mask_BT
     try:

@@ -50,8 +50,9 @@ class EditableLM(nn.Module):
         self.blocks: list[nn.Module] = list(find_blocks(model)[1])
         self.ends: dict[tuple[str, ...], Tensor] = {}  # decoding: tokens that end a row, per stop
         self._block_gives_tuple: bool | None = None
-        for layer in [*self.causal_layers, self.memory_layer]:
-            self.site(layer)
+        for layer in [*(spec.causal_layers or []), spec.memory_layer]:
+            if layer is not None:
+                self.site(layer)
 
     @classmethod
     def load(cls, spec: LMSpec, dtype: torch.dtype = torch.float32) -> EditableLM:

@@ -37,6 +37,7 @@ def load_pretrained(spec: LMSpec, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
     _check_folder(spec)
+    auto: Any = AutoModelForCausalLM
     name = "dtype" if int(__version__.split(".")[0]) >= 5 else "torch_dtype"
     options: dict[str, Any] = {name: dtype}
     if spec.attn_implementation is not None:
@@ -44,7 +45,7 @@ def load_pretrained(spec: LMSpec, dtype: torch.dtype) -> tuple[Any, Any]:
     shared = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec.path, **shared)
-        model = AutoModelForCausalLM.from_pretrained(spec.path, **shared, **options)
+        model, info = auto.from_pretrained(spec.path, output_loading_info=True, **shared, **options)
     except SafetensorError as error:
         raise ValueError(
             f"weights of {spec.id!r} are truncated or damaged ({error}); fetch them again"
@@ -55,6 +56,13 @@ def load_pretrained(spec: LMSpec, dtype: torch.dtype) -> tuple[Any, Any]:
             f"cannot load model {spec.id!r}: {first} "
             "(give a local folder with config.json, a Hub id that is reachable, or 'factworld')"
         ) from error
+    except ImportError as error:
+        raise ValueError(f"cannot load model {spec.id!r}: {error}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"the weight files of {spec.id!r} lack {len(missing)} tensors, such as "
+            f"{missing[0]!r}; fetch them again"
+        )
     return model, tokenizer
 
 

@@ -36,6 +36,6 @@ class LMSpec:
     @property
     def path(self) -> str:
         """Where transformers finds the model: the packaged folder for `factworld`, else the id."""
-        if self.id == PACKAGED and not Path(self.id).is_dir():
+        if self.id == PACKAGED and not (Path(self.id) / "config.json").is_file():
             return str(files("editkit") / "assets" / PACKAGED)
         return str(Path(self.id).expanduser()) if self.id.startswith("~") else self.id

@@ -12,7 +12,7 @@ import torch
 import editkit
 from editkit.adapters.io import load_adapter, read_config, save_adapter
 from editkit.lm.load import weight_hash
-from editkit.lm.spec import LMSpec
+from editkit.lm.spec import PACKAGED, LMSpec
 from editkit.methods.base import EditModule
 from editkit.methods.steps import check_base
 from editkit.metrics.protocol import EvalProtocol
@@ -21,10 +21,14 @@ from editkit.metrics.protocol import EvalProtocol
 def save_edits(folder: Path, method: EditModule) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` of a method into `folder`."""
     cls = type(method)
+    spec = asdict(method.spec)
+    spec["dtype"] = str(method.lm.model.dtype).removeprefix("torch.")
+    if Path(method.spec.path).is_dir() and method.spec.id != PACKAGED:
+        spec["id"] = str(Path(method.spec.path).resolve())
     config = {
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
         "init_args": method.init_args(),
-        "lm": asdict(method.spec),
+        "lm": spec,
         "base": {"id": method.spec.id, "hash": weight_hash(method.spec)},
         "edits_seen": method.edits_seen,
         "editkit": editkit.__version__,
@@ -79,11 +83,18 @@ def load_edits(
     """
     config = read_config(folder)
     spec = lm or LMSpec(**config["lm"])
-    check_base(config["base"], spec)
+    if lm is None and spec.trust_remote_code and not trust:
+        raise ValueError(
+            f"the base {spec.id!r} of {str(folder)!r} runs code of its own; pass trust=True if you "
+            "trust it"
+        )
+    if Path(spec.path).is_dir():
+        check_base(config["base"], spec)
     method = build_method(
         config["class_path"], trust, lm=spec, evaluation=EvalProtocol(), **config["init_args"]
     )
     method.configure_model()
+    check_base(config["base"], spec)  # a Hub id is there only now
     load_adapter(folder, method.lm.layers)
     method.edits_seen = config["edits_seen"]
     return method.to(device)

@@ -8,6 +8,7 @@ and resuming are final here.
 from __future__ import annotations
 
 import inspect
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from editkit.methods.steps import StreamModule
 from editkit.metrics.evaluate import ProbeRow, score_probes
 from editkit.metrics.protocol import EvalProtocol
 
-NOT_SAVED = ("self", "lm", "evaluation", "kwargs")
+NOT_SAVED = ("self", "lm", "evaluation")
 
 
 class UndoError(ValueError):
@@ -84,6 +85,7 @@ class EditModule(StreamModule, ABC):
     def configure_model(self) -> None:
         """Load the base model once, in the Trainer's precision, and wrap its sites."""
         if self.lm is None:
+            self.init_args()  # what could not be saved at the end is an error now
             precision = str(self._trainer.precision) if self._trainer is not None else ""
             dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
             self.lm = EditableLM.load(self.spec, dtypes.get(precision, torch.float32))
@@ -117,11 +119,11 @@ class EditModule(StreamModule, ABC):
         after_B = self.edit_losses(edits)
         norm = sum(layer.moved**2 for layer in layers) ** 0.5
         seconds = time.perf_counter() - started
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        step, now = self._step(), datetime.now(timezone.utc).isoformat(timespec="seconds")
         for edit, before, after in zip(edits, before_B.tolist(), after_B.tolist(), strict=True):
             self.ledger.append({
                 "edit_id": edit.id, "prompt": edit.prompt, "target": edit.target,
-                "subject": edit.subject, "step": self._step(), "batch": len(edits), "time": now,
+                "subject": edit.subject, "step": step, "batch": len(edits), "time": now,
                 "seconds": seconds / len(edits), "loss_before": before, "loss_after": after,
                 "change_norm": norm, "undone": False,
             })  # fmt: skip
@@ -170,18 +172,41 @@ class EditModule(StreamModule, ABC):
         self.references.fill(self.lm, probes, self.evaluation, self.evaluation.batch_size)
 
     def init_args(self) -> dict[str, Any]:
-        """Return the constructor arguments that rebuild this method, read from its attributes."""
+        """Return the constructor arguments that rebuild this method, as JSON has them.
+
+        Raises:
+            ValueError: If an argument is not kept under its own name, or has no place in JSON.
+        """
         names: dict[str, None] = {}
         for cls in type(self).__mro__:
             if issubclass(cls, EditModule) and "__init__" in vars(cls):
-                names |= dict.fromkeys(inspect.signature(cls.__init__).parameters)
-        return {name: getattr(self, name) for name in names if name not in NOT_SAVED}
+                for name, parameter in inspect.signature(cls.__init__).parameters.items():
+                    if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                        names[name] = None
+        found = {}
+        for name in names:
+            if name not in NOT_SAVED:
+                if not hasattr(self, name):
+                    raise ValueError(
+                        f"{type(self).__name__} does not keep its argument {name!r}; write "
+                        f"`self.{name} = {name}` in its __init__, so that a run can be saved"
+                    )
+                found[name] = getattr(self, name)
+        try:
+            copy: dict[str, Any] = json.loads(json.dumps(found, default=str, allow_nan=False))
+        except ValueError as error:
+            raise ValueError(
+                f"an argument of {type(self).__name__} cannot be saved ({error}): {found}"
+            ) from error
+        return copy
 
     # private
 
     def _step(self) -> int:
         """Number of the edit batch under way, from 0."""
-        return int(self.global_step) if self._trainer is not None else len(self.ledger)
+        if self._trainer is not None:
+            return int(self.global_step)
+        return int(self.ledger[-1]["step"]) + 1 if self.ledger else 0
 
     @contextmanager
     def _discard_on_error(self) -> Iterator[None]:

@@ -58,6 +58,8 @@ class FT(EditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if steps < 1 or minibatch < 1:
+            raise ValueError(f"steps is {steps}, minibatch is {minibatch}; both must be at least 1")
         self.order = order
         self.layer = layer
         self.steps = steps
@@ -74,7 +76,18 @@ class FT(EditModule):
         self.site = self.lm.attach(self.lm.site(self.block).path, DeltaLayer)
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
-        """Descend on the new batch alone, or on mini-batches of the whole stream."""
+        """Descend on the new batch alone, or on mini-batches of the whole stream.
+
+        Raises:
+            ValueError: If breadth-first is to go on without the edits so far, or diverges.
+        """
+        try:
+            return self._edit(edits)
+        except BaseException:
+            self.rows = None  # holds rows of edits that were not made; built again from history
+            raise
+
+    def _edit(self, edits: list[Edit]) -> dict[str, float]:
         rows = self._rows(edits)
         if self.order == "breadth_first":
             descent = self._descend_in_epochs(rows)
@@ -87,17 +100,22 @@ class FT(EditModule):
                 self.stop_below,
             )
         self.site.commit()
+        self.history.append(edits)
         return {"steps": float(descent.steps), "loss": descent.losses[-1]}
 
     def _rows(self, edits: list[Edit]) -> TargetRows:
         """Return the rows to train on: of this batch, or of all batches up to it."""
         if self.order == "depth_first":
             self.history, self.rows = [], None
+        elif sum(map(len, self.history)) != self.edits_seen:
+            raise ValueError(
+                f"breadth-first fine-tuning trains on all {self.edits_seen} edits so far, and a "
+                "saved run does not keep them: go on from its checkpoint (--ckpt_path last)"
+            )
         if self.rows is None:
             self.rows = TargetRows(self.lm, self.block, self.append_eos)
             for batch in self.history:  # batch by batch, as before: bit-equal after a resume
                 self.rows.add([e.prompt for e in batch], [e.target for e in batch])
-        self.history.append(edits)
         self.rows.add([e.prompt for e in edits], [e.target for e in edits])
         return self.rows
 

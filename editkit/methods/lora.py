@@ -91,6 +91,8 @@ class LoRA(EditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if steps < 1 or r < 1:
+            raise ValueError(f"steps is {steps}, r is {r}; both must be at least 1")
         self.r = r
         self.alpha = alpha
         self.roles = tuple(roles)

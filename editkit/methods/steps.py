@@ -65,6 +65,10 @@ class StreamModule(L.LightningModule):
         """Score the probes whose edits are applied."""
 
     @abstractmethod
+    def init_args(self) -> dict[str, Any]:
+        """Return the constructor arguments that rebuild this method."""
+
+    @abstractmethod
     def finish(self) -> None:
         """Close the stream."""
 
@@ -148,6 +152,7 @@ class StreamModule(L.LightningModule):
             for name, tensor in layer.edit_state().items()
         }
         checkpoint["editkit"] = {
+            "method": [f"{type(self).__module__}.{type(self).__qualname__}", self.init_args()],
             "base": {"id": self.spec.id, "hash": weight_hash(self.spec)},
             "edits_seen": self.edits_seen,
             "ledger": self.ledger,
@@ -160,10 +165,16 @@ class StreamModule(L.LightningModule):
         """Take the stream's state back.
 
         Raises:
-            ValueError: If the checkpoint was made on another base model; names both.
+            ValueError: If the checkpoint was made on another base model or by another method.
         """
         state = checkpoint["editkit"]
         check_base(state["base"], self.spec)
+        own = [f"{type(self).__module__}.{type(self).__qualname__}", self.init_args()]
+        if state["method"] != own:
+            raise ValueError(
+                f"the checkpoint was made by {state['method'][0]} with {state['method'][1]}, this "
+                f"run has {own[0]} with {own[1]}; resume with the settings it was begun with"
+            )
         self.edits_seen = state["edits_seen"]
         self.ledger = state["ledger"]
         self.generator.set_state(state["generator"])

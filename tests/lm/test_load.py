@@ -47,4 +47,6 @@ def test_the_packaged_model_has_a_name_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert LMSpec().path.endswith("assets/factworld")
     (tmp_path / "factworld").mkdir()
+    assert LMSpec().path.endswith("assets/factworld")
+    (tmp_path / "factworld" / "config.json").touch()
     assert LMSpec().path == "factworld"

@@ -1,0 +1,66 @@
+"""The life of a run folder: claimed before work, tidied away where nothing came of it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_only
+
+PROBES, EDITS, SUMMARY = "probes.jsonl", "edits.jsonl", "summary.json"
+PREDICTIONS = "predictions.jsonl"
+
+
+LEFTOVERS = (
+    SUMMARY, PROBES, EDITS, PREDICTIONS, "config.yaml", "metrics*.csv", "adapter_config.json",
+    "adapter_model.safetensors", "checkpoints/*.ckpt",
+)  # fmt: skip
+
+
+@rank_zero_only
+def claim(folder: Path, overwrite: bool) -> None:
+    """Make sure that a new run writes over nothing, or clear what an earlier run left.
+
+    Raises:
+        ValueError: If the folder holds a run and `overwrite` is off.
+    """
+    finished = (folder / SUMMARY).exists()
+    begun = (folder / PROBES).exists() or any(folder.glob("checkpoints/*.ckpt"))
+    if (finished or begun) and not overwrite:
+        state = "a finished" if finished else "an unfinished"
+        other = "" if finished else "go on with it by --ckpt_path last, "
+        raise ValueError(
+            f"{str(folder)!r} holds {state} run; {other}choose another --trainer.default_root_dir "
+            "or pass --run.overwrite true"
+        )
+    for pattern in LEFTOVERS:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+@contextmanager
+def tidy(folder: Path) -> Iterator[None]:
+    """Remove a run folder that this run made and that holds nothing to go on from."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        done = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*.ckpt"))
+        if made and not done and folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            sys.stderr.write(f"editkit: removed {folder}, it held nothing to go on from\n")
+        for path in made[1:]:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def keep_metrics(folder: Path) -> None:
+    """Put the curves of the part before a resume aside: Lightning's CSV logger begins anew."""
+    path = folder / "metrics.csv"
+    if path.exists():
+        part = len(list(folder.glob("metrics*.csv")))
+        path.rename(folder / f"metrics.part{part}.csv")
