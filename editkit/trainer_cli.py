@@ -88,6 +88,7 @@ class EditCLI(LightningCLI):
         """Edit; where that fails before anything could be resumed, leave no folder behind."""
         folder = Path(self.trainer.default_root_dir)
         with tidy(folder):
+            self.datamodule.setup("fit")  # bad rows are told before anything is touched
             if kwargs.get("ckpt_path") is None:
                 claim(folder, self._get(self.config_init, "run").overwrite)
             else:
@@ -102,7 +103,8 @@ def run_trainer(args: list[str] | None) -> None:
         ArgumentError: If an option is misspelt or a value does not fit.
         ValueError: If the input is wrong; the text names the fix.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
