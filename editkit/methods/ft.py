@@ -11,8 +11,12 @@ Deviations:
     - Blocks below the edited one run once per edit, not once per step; results are the same.
     - Breadth-first streams: LocFT-BF has all edits at once; here each step runs over the stream
       so far, starting from the Δ before it. With one step for all edits the two are the same.
+      One new edit among hundreds of learnt ones hardly moves the mean that ends an epoch loop, so
+      it may be learnt only some steps later (fact-world, 300 edits: 0.79 right at once, 1.00 at
+      the end).
 
-Costs: one fp32 matrix (Llama-3-8B: 235 MB) plus Adam's two while an edit is made. Breadth-first
+Costs: 0.04 s an edit depth-first and 0.21 s breadth-first on fact-world (300 edits, one CPU
+thread); one fp32 matrix (Llama-3-8B: 235 MB) plus Adam's two while an edit is made. Breadth-first
 keeps the text of all edits, and its time per step grows with the stream.
 """
 
