@@ -11,7 +11,8 @@ Deviations:
     - A and B are fp32 in every precision, and dropout is off.
     - Blocks below the lowest adapted one run once per edit.
 
-Costs: 0.18 s an edit on fact-world (rank 8 in one block, one CPU thread); r (F + D) fp32 numbers per site, and Adam's two while an edit is made.
+Costs: 0.18 s an edit on fact-world (rank 8 in one block, one CPU thread); r (F + D) fp32 numbers
+per site, and Adam's two while an edit is made.
 """
 
 from __future__ import annotations
