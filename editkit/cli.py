@@ -7,6 +7,7 @@ defaults; the other verbs stand beside it in `editkit.verbs`.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from argparse import ArgumentError
 
@@ -31,6 +32,17 @@ editkit --version shows the version; EDITKIT_TRACEBACK=1 the traceback behind an
 """
 
 
+def plain(sentence: str) -> str:
+    """Say in a user's words what jsonargparse says of a nested option."""
+    if found := re.search(r"class_path '([^']+)': Option '([^']+)' is not accepted", sentence):
+        cls, option = found.groups()
+        return (
+            f"option {option!r} is not accepted by {cls}; `editkit fit --model.help {cls}` or "
+            f"`--data.help {cls}` lists its options"
+        )
+    return sentence.split(" - Expected a <class 'NoneType'>")[0]
+
+
 def main(args: list[str] | None = None) -> int:
     """Run one verb and return its exit code; an error is one sentence on stderr."""
     given = sys.argv[1:] if args is None else args
@@ -52,7 +64,7 @@ def main(args: list[str] | None = None) -> int:
     except (ArgumentError, ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EDITKIT_TRACEBACK"):
             raise
-        sentence = " ".join(str(error).split())
+        sentence = plain(" ".join(str(error).split()))
         if "unexpected pos" in sentence:  # torch's word for a file that it could not finish
             sentence = f"a checkpoint could not be written, is the disk full? ({sentence})"
         sys.stderr.write(f"editkit: error: {sentence}\n")

@@ -308,7 +308,8 @@ def expect_error(args, match, capsys):
 
 
 def test_misspelt_option(fit, capsys):
-    expect_error(fit("--model.lrr=3"), "lrr", capsys)
+    match = "error: option 'lrr' is not accepted by editkit.methods.ft.FT; `editkit fit"
+    expect_error(fit("--model.lrr=3"), match, capsys)
 
 
 def test_misspelt_method(fit, capsys):
@@ -352,20 +353,27 @@ def test_diverging_edit(fit, capsys):
     expect_error(fit("--model.lr=3e37"), "learning rate", capsys)
 
 
-def test_full_disk(fit, capsys, tmp_path):
+@pytest.fixture(params=["16k", "48k", "80k", "96k"])
+def small_disk(request, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(disk)]
     if os.name != "posix" or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("cannot mount a small tmpfs here")
-    try:
-        code = main(fit(f"--trainer.default_root_dir={disk}/x"))
-        err = capsys.readouterr().err
-        assert code == 1
-        assert "No space left on device" in err
-        assert not (disk / "x").exists()
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk(fit, capsys, small_disk):
+    """Nothing is left, or all results and no torn checkpoint beside them."""
+    args = fit(f"--trainer.default_root_dir={small_disk}/x")
+    assert main(args) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err or "is the disk full?" in err
+    if (small_disk / "x").exists():
+        summary = json.loads((small_disk / "x" / "summary.json").read_text())
+        assert summary["scores"]["reliability"]["nll"]["n"] == 6
+        assert not list((small_disk / "x").glob("checkpoints/*"))
 
 
 METHOD = '''

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -48,6 +49,9 @@ def tidy(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        for path in folder.glob("checkpoints/*.ckpt"):
+            if path.is_file() and not is_zipfile(path):
+                path.unlink()  # cut short: torch writes zip files, whose end comes last
         done = (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*.ckpt"))
         if made and not done and folder.exists():
             shutil.rmtree(folder, ignore_errors=True)

@@ -149,18 +149,17 @@ class RunFolder(Callback):
         write_lines(self.folder / PREDICTIONS, self.answers)
 
     def on_train_end(self, trainer: Trainer, pl_module: EditModule) -> None:
-        """Save a last checkpoint, and what the run has found."""
+        """Write what the run has found, then a last checkpoint."""
         if self.asked_at != pl_module.edits_seen:  # killed before its last validation, resumed
             probes, size = trainer.datamodule.probes, pl_module.evaluation.batch_size
             starts = range(0, len(probes), size)
             self.rows = [r for i in starts for r in pl_module.score(probes[i : i + size])]
             self._append(self.rows, "final", pl_module.edits_seen)
+        self._finish(trainer, pl_module)
         self.finished = pl_module.edits_seen >= len(trainer.datamodule.edits)
         if self.finished and isinstance(trainer.checkpoint_callback, ModelCheckpoint):
-            trainer.save_checkpoint(
-                self.folder / "checkpoints" / "last.ckpt"
-            )  # all ranks take part
-        self._finish(trainer, pl_module)
+            # all ranks take part
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
 
     @rank_zero_only
     def _finish(self, trainer: Trainer, pl_module: EditModule) -> None:
