@@ -45,7 +45,7 @@ def run(name: str, arguments: list[str]) -> dict:
         *options, "--data=experiments/data/factworld.yaml", "--data.limit=300",
         "--data.probes_per_batch=256", "--model.evaluation.batch_size=256",
         "--model.evaluation.max_new_tokens=20",
-        f"--trainer.default_root_dir={folder}", "--trainer.accelerator=cpu",
+        f"--trainer.default_root_dir={folder.relative_to(ROOT)}", "--trainer.accelerator=cpu",
         "--run.overwrite=true",
     ]  # fmt: skip
     subprocess.run(command, cwd=ROOT, check=True)
