@@ -228,7 +228,7 @@ def test_weights_that_lack_a_tensor_are_refused(fit, tiny, tmp_path, capsys):
     tensors = load_file(path)
     del tensors["model.layers.2.mlp.down_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    expect_error(fit("--model.lm.id=./holes"), "lack 1 tensors", capsys)
+    check_error(fit("--model.lm.id=./holes"), "lack 1 tensors", capsys)
 
 
 def test_validate_test_and_predict_probe_a_checkpoint(fit, capsys):
@@ -295,7 +295,7 @@ def test_every_method_yaml_binds(path, capsys):
     assert own["init_args"].items() <= printed["model"]["init_args"].items()
 
 
-def expect_error(args, match, capsys):
+def check_error(args, match, capsys):
     """The mistake ends in one sentence, a code that is not 0, and no folder."""
     code = main(args)
     err = capsys.readouterr().err
@@ -309,48 +309,48 @@ def expect_error(args, match, capsys):
 
 def test_misspelt_option(fit, capsys):
     match = "error: option 'lrr' is not accepted by editkit.methods.ft.FT; `editkit fit"
-    expect_error(fit("--model.lrr=3"), match, capsys)
+    check_error(fit("--model.lrr=3"), match, capsys)
 
 
 def test_misspelt_method(fit, capsys):
-    expect_error(fit("--model=editkit.methods.ft.FTT"), "FTT", capsys)
+    check_error(fit("--model=editkit.methods.ft.FTT"), "FTT", capsys)
 
 
 def test_missing_file(fit, capsys):
-    expect_error(fit("--data.path=nowhere.jsonl"), "nowhere.jsonl", capsys)
+    check_error(fit("--data.path=nowhere.jsonl"), "nowhere.jsonl", capsys)
 
 
 def test_missing_model(fit, capsys):
-    expect_error(fit("--model.lm.id=./nowhere"), "'./nowhere' does not exist", capsys)
+    check_error(fit("--model.lm.id=./nowhere"), "'./nowhere' does not exist", capsys)
 
 
 def test_subject_not_in_the_prompt(fit, capsys, tmp_path):
     row = {"prompt": "the capital of Alba is", "target": "Rome", "subject": "Oslo"}
     (tmp_path / "bad.jsonl").write_text(json.dumps(row))
-    expect_error(fit("--data.path=bad.jsonl"), "Oslo", capsys)
+    check_error(fit("--data.path=bad.jsonl"), "Oslo", capsys)
 
 
 def test_truncated_weights(fit, tiny, capsys, tmp_path):
     shutil.copytree(tiny("llama"), tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    expect_error(fit("--model.lm.id=./cut"), "truncated or damaged", capsys)
+    check_error(fit("--model.lm.id=./cut"), "truncated or damaged", capsys)
 
 
 def test_no_gpu(fit, capsys):
-    expect_error(fit("--trainer.accelerator=gpu"), "gpu", capsys)
+    check_error(fit("--trainer.accelerator=gpu"), "gpu", capsys)
 
 
 def test_a_stream_applied_twice(fit, capsys):
-    expect_error(fit("--trainer.max_epochs=2"), "max_epochs", capsys)
+    check_error(fit("--trainer.max_epochs=2"), "max_epochs", capsys)
 
 
 def test_layer_that_is_not_there(fit, capsys):
-    expect_error(fit("--model.layer=44"), "layer 44 is not in 0..3", capsys)
+    check_error(fit("--model.layer=44"), "layer 44 is not in 0..3", capsys)
 
 
 def test_diverging_edit(fit, capsys):
-    expect_error(fit("--model.lr=3e37"), "learning rate", capsys)
+    check_error(fit("--model.lr=3e37"), "learning rate", capsys)
 
 
 @pytest.fixture(params=["16k", "48k", "80k", "96k"])
