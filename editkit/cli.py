@@ -32,15 +32,18 @@ editkit --version shows the version; EDITKIT_TRACEBACK=1 the traceback behind an
 """
 
 
-def plain(sentence: str) -> str:
-    """Say in a user's words what jsonargparse says of a nested option."""
+def plain(message: str) -> str:
+    """Put a message on one line, and in a user's words what jsonargparse says of an option."""
+    sentence = " ".join(message.split())
     if found := re.search(r"class_path '([^']+)': Option '([^']+)' is not accepted", sentence):
         cls, option = found.groups()
         return (
             f"option {option!r} is not accepted by {cls}; `editkit fit --model.help {cls}` or "
             f"`--data.help {cls}` lists its options"
         )
-    return sentence.split(" - Expected a <class 'NoneType'>")[0]
+    if "NoneType" in sentence:
+        return sentence.split(" - Expected a <class 'NoneType'>")[0]
+    return "; ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
 def main(args: list[str] | None = None) -> int:
@@ -64,7 +67,7 @@ def main(args: list[str] | None = None) -> int:
     except (ArgumentError, ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EDITKIT_TRACEBACK"):
             raise
-        sentence = plain(" ".join(str(error).split()))
+        sentence = plain(str(error))
         if "unexpected pos" in sentence:  # torch's word for a file that it could not finish
             sentence = f"a checkpoint could not be written, is the disk full? ({sentence})"
         sys.stderr.write(f"editkit: error: {sentence}\n")

@@ -115,7 +115,9 @@ def run_trainer(args: list[str] | None) -> None:
     try:
         _run(args)
     except MisconfigurationException as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(
+            f"{error} Check the --trainer options; accelerator cpu always works."
+        ) from error
 
 
 def _run(args: list[str] | None) -> None:
