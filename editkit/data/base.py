@@ -11,13 +11,13 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
 from editkit.data.batches import Batches
-from editkit.data.source import check_source, leaks, sha256_of
+from editkit.data.source import Facts, check_source, leaks, sha256_of, until_overwritten
 from editkit.edits import Edit, Probe
 
 
@@ -25,7 +25,8 @@ class EditDataModule(LightningDataModule, ABC):
     """A stream of edits, the probes asked about them, and the position reached in it.
 
     A subclass implements `load`. After `setup`, `edits` is the stream: put in order, then sliced,
-    then numbered 0..N-1, so that `Edit.id` is the position in the stream.
+    then numbered 0..N-1, so that `Edit.id` is the position in the stream. A probe whose answer a
+    later edit of the stream makes wrong is asked only until then (`Probe.until`).
 
     Args:
         edits_per_step: Edits that a method writes at once (one step of the Trainer).
@@ -35,7 +36,8 @@ class EditDataModule(LightningDataModule, ABC):
         seed: Seed of the shuffled order.
         increments: Sizes of successive increments, such as [100, 300, 600]; the stream then ends
             with the last of them. No batch holds edits of two increments.
-        probes_per_batch: Probes scored at once.
+        probes_per_batch: Probes given to the evaluator at once; it puts them into batches of like
+            length, at most `evaluation.batch_size` each.
 
     Attributes:
         edits: The stream.
@@ -43,6 +45,12 @@ class EditDataModule(LightningDataModule, ABC):
         texts: Held-out texts for perplexity, unrelated to the edits; may be empty. Set by `load`.
         boundaries: Number of edits in the stream at the end of each increment, ascending.
         edits_applied: Edits of this stream already written; the training loop keeps it up to date.
+        sources: Files that `load` read by name, each with its SHA-256 or revision.
+        needs: Source positions of the edits that a probe needs beside its own, by probe id. Set by
+            `load`, as are the next two; all may stay empty.
+        rests_on: Facts that a probe's answer rests on beside its edit, by probe id.
+        steps: Time step of each edit in the source; in file order, each is an increment.
+        ask_overwritten: Ask probes to the end all the same.
     """
 
     edits: list[Edit]
@@ -57,7 +65,7 @@ class EditDataModule(LightningDataModule, ABC):
         order: Literal["file", "shuffled"] = "file",
         seed: int = 0,
         increments: list[int] | None = None,
-        probes_per_batch: int = 64,
+        probes_per_batch: int = 256,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -79,6 +87,11 @@ class EditDataModule(LightningDataModule, ABC):
         self.increments, self.probes_per_batch = increments, probes_per_batch
         self.texts: list[str] = []
         self.edits_applied = 0
+        self.sources: dict[str, str] = {}
+        self.needs: dict[str, tuple[int, ...]] = {}
+        self.rests_on: dict[str, Facts] = {}
+        self.steps: list[str] = []
+        self.ask_overwritten = False
         self._restored: dict[str, Any] | None = None
 
     @abstractmethod
@@ -95,20 +108,40 @@ class EditDataModule(LightningDataModule, ABC):
         check_source(edits, probes)
         chosen = [edits[i] for i in self._positions(len(edits))]
         position = {edit.id: i for i, edit in enumerate(chosen)}
-        chosen = [replace(edit, id=i) for i, edit in enumerate(chosen)]
-        kept = [
-            probe if probe.edit_id is None else replace(probe, edit_id=position[probe.edit_id])
-            for probe in probes
-            if probe.edit_id is None or probe.edit_id in position
-        ]
+        self.boundaries = self._boundaries(chosen)
+        chosen = [e if e.id == i else replace(e, id=i) for i, e in enumerate(chosen)]
+        kept = self._placed(probes, position)
         for edit, text, probe in leaks(chosen, kept):
             raise ValueError(
                 f"text given to edit {edit.id} ({edit.prompt!r}) for editing is also asked as probe"
                 f" {probe.id}: {text!r}; remove it from the edit's rephrases and negatives, or from"
                 " the probes"
             )
-        self.boundaries = list(accumulate(self.increments)) if self.increments else [len(chosen)]
+        if not self.ask_overwritten:
+            kept = until_overwritten(chosen, kept, self.rests_on)
         self.edits, self.probes = chosen, kept
+
+    def _placed(self, probes: list[Probe], position: dict[int, int]) -> list[Probe]:
+        """Probes whose edits are all in the stream, each behind the last of them."""
+        kept = []
+        for probe in probes:
+            if probe.edit_id is None:
+                kept.append(probe)
+                continue
+            needed = {probe.edit_id, *self.needs.get(probe.id, ())}
+            if needed <= position.keys():
+                last = max(position[i] for i in needed)
+                kept.append(probe if last == probe.edit_id else replace(probe, edit_id=last))
+        return kept
+
+    def _boundaries(self, chosen: list[Edit]) -> list[int]:
+        """Number of edits at the end of each increment; `chosen` still has source positions."""
+        if self.increments:
+            return list(accumulate(self.increments))
+        if self.order == "file" and self.steps:
+            runs = groupby(chosen, key=lambda edit: self.steps[edit.id])
+            return list(accumulate(len(list(run)) for _, run in runs))
+        return [len(chosen)]
 
     def _positions(self, count: int) -> list[int]:
         """Positions in the source of the edits of the stream, in stream order."""

@@ -55,6 +55,7 @@ class Counterfactuals:
             subject=fact.subject,
             negatives=negatives,
             rephrases=tuple(self.world.prompt(fact, template) for template in others),
+            relation=fact.relation,
         )
 
     def _new_object(self, fact: Fact) -> str:

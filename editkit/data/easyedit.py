@@ -10,10 +10,10 @@
 Records are those of KnowEdit, of flat CounterFact and of WISE's sets; columns are the keyword
 arguments of `editor.edit`. All have `subject`, and `portability` (columns: `portability_inputs`) in
 the shapes of `locality`; the names inside both become `Probe.axis`. Of several accepted answers the
-first that is not blank is kept; a locality question without an answer is only compared with the
-unedited model. `loc_prompt` becomes a text that a method may see (`Edit.negatives`). Prompts keep
-what the file says, "nq question: " of ZsRE included. Other fields are ignored, the old answer
-(`ground_truth` of the edit) among them.
+first that is not blank is the target, the others its aliases; a locality question without an answer
+is only compared with the unedited model. The edit's old answer (`ground_truth`; ZsRE: `answers`) is
+the rival of its target. `loc_prompt` becomes a text that a method may see (`Edit.negatives`).
+Prompts keep what the file says, "nq question: " of ZsRE included. Other fields are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from editkit.data.lineformat import Draft, make_edit, name_of, text
+from editkit.data.drafts import Draft
+from editkit.data.fields import make_edit, name_of, right_answers, text
 from editkit.data.rows import BadRowError, Record
 from editkit.edits import Probe
 
@@ -29,6 +30,9 @@ Form = Literal["line format", "EasyEdit records", "ZsRE", "QAEdit"]
 
 QUESTIONS = (("prompt", "ground_truth"), ("loc", "loc_ans"), ("New Question", "New Answer"))
 """Names that a question and its answer go by."""
+
+NO_ANSWER = "<|endoftext|>"
+"""What EasyEdit writes for an old answer that nobody gave."""
 
 COLUMNS = {
     "prompts": "prompt",
@@ -40,7 +44,7 @@ COLUMNS = {
 """Keyword arguments of `editor.edit` that hold one value per edit, and their names in records."""
 
 
-def form_of(record: Record) -> Form:
+def form_of(record: Record) -> Form | None:
     """Recognise a record by its fields; columns are taken apart before, by `rows_of`."""
     fields = record.keys()
     if "target_new" in fields:
@@ -51,17 +55,13 @@ def form_of(record: Record) -> Form:
         return "QAEdit"
     if fields & {"prompt", "target"}:
         return "line format"
-    raise BadRowError(
-        "unknown form",
-        f"fields {list(record)} are those of no known form; a row needs 'prompt' and 'target'"
-        " (EasyEdit: 'prompt' and 'target_new'; ZsRE: 'src' and 'alt')",
-    )
+    return None
 
 
 def parse_record(record: Record) -> Draft:
     """Read one record, as in KnowEdit, flat CounterFact or an EasyEdit request."""
     name = record.get("case_id", record.get("id"))
-    draft = _draft(record, ("prompt", "target_new"), record.get("rephrase_prompt"), name)
+    draft = _draft(record, ("prompt", "target_new"), "rephrase_prompt", "ground_truth", name)
     flat = {
         "prompt": record.get("locality_prompt"),
         "ground_truth": record.get("locality_ground_truth"),
@@ -72,7 +72,7 @@ def parse_record(record: Record) -> Draft:
 
 def parse_zsre(record: Record) -> Draft:
     """Read one record of the ZsRE files that came with MEND."""
-    draft = _draft(record, ("src", "alt"), record.get("rephrase"), None)
+    draft = _draft(record, ("src", "alt"), "rephrase", "answers", None)
     flat = {"loc": record.get("loc"), "loc_ans": record.get("loc_ans")}
     draft.probes.extend(_questions(flat, "locality", "", "loc"))
     return draft
@@ -81,7 +81,7 @@ def parse_zsre(record: Record) -> Draft:
 def parse_qaedit(record: Record) -> Draft:
     """Read one record of QAEdit."""
     # its ids count within each `source` and so repeat
-    return _draft(record, ("prompt", "target"), record.get("rephrase"), None)
+    return _draft(record, ("prompt", "target"), "rephrase", "", None)
 
 
 def rows_of(columns: Record) -> list[Record]:
@@ -143,20 +143,21 @@ def _axes(value: object, name: str) -> Iterator[tuple[str, Record]]:
         yield axis, pair
 
 
-def _draft(record: Record, names: tuple[str, str], rephrase: object, name: object) -> Draft:
+def _draft(record: Record, names: tuple[str, str], rephrase: str, old: str, name: object) -> Draft:
     """Read what all forms share: the edit, its rephrases, `locality` and `portability`."""
     negative, target = record.get("loc_prompt"), record.get(names[1])
+    right = right_answers(target, names[1]) if isinstance(target, list) else ()
     edit = make_edit(
         record.get(names[0]),
-        _answer(target, names[1]) if isinstance(target, list) else target,
+        next(iter(right), None) if isinstance(target, list) else target,
         record.get("subject"),
         negatives=() if negative is None else (text(negative, "loc_prompt"),),
         names=names,
     )
-    wordings = rephrase if isinstance(rephrase, list) else [rephrase]
+    given = record.get(rephrase)
     probes = [
-        Probe("", None, "generalization", text(wording, "rephrase_prompt"), edit.target)
-        for wording in wordings
+        Probe("", None, "generalization", text(wording, rephrase), edit.target)
+        for wording in (given if isinstance(given, list) else [given])
         if wording is not None
     ]
     for kind in ("locality", "portability"):
@@ -166,7 +167,16 @@ def _draft(record: Record, names: tuple[str, str], rephrase: object, name: objec
                 probes.extend(_questions(group, kind, axis, f"{kind}.{axis}"))
         else:
             probes.extend(_questions(value, kind, "", kind))
-    return Draft(edit, probes, name_of(name, "case_id"))
+    rival = _old_answer(record.get(old))
+    return Draft(edit, probes, name_of(name, "case_id"), rival, right[1:])
+
+
+def _old_answer(value: object) -> str | None:
+    """First text in the field of the old answer, which no edit depends on."""
+    if isinstance(value, list):
+        return next((old for item in value if (old := _old_answer(item))), None)
+    known = isinstance(value, str) and value.strip() not in ("", NO_ANSWER)
+    return str(value).strip() if known else None
 
 
 def _questions(
@@ -202,16 +212,8 @@ def _questions(
 def _probe(
     prompt: object, answer: object, kind: Literal["locality", "portability"], axis: str, where: str
 ) -> Probe:
-    target = _answer(answer, where)
-    if target is None and kind == "portability":
+    right = right_answers(answer, where)
+    if not right and kind == "portability":
         raise BadRowError("missing field", f"'{where}' has no answer to {prompt!r:.60}")
-    return Probe("", None, kind, text(prompt, where), target, axis)
-
-
-def _answer(value: object, name: str) -> str | None:
-    """First answer that is not blank, of one, of aliases, or of lists of aliases."""
-    if isinstance(value, list):
-        return next((found for item in value if (found := _answer(item, name)) is not None), None)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    return text(value, name).strip()
+    target = right[0] if right else None
+    return Probe("", None, kind, text(prompt, where), target, axis, aliases=right[1:])

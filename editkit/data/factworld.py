@@ -69,6 +69,8 @@ class FactWorld(EditDataModule):
         same_subject_per_edit: Locality probes an edit on kept relations of its subject, where it
             has so many.
         negatives_per_edit: Unrelated texts a method may see with each edit.
+        intrinsic: Probes about facts that belong to no edit and to no text a method may see: what
+            the model should still know, for `--ability` and `--canary`.
         world: Folder of a trained fact-world model; None is the packaged one.
         order: As in `EditDataModule`; the source itself is already shuffled by `seed`.
         seed: Seed of the order, the wordings and the new objects.
@@ -83,6 +85,7 @@ class FactWorld(EditDataModule):
         neighbours_per_edit: int = 2,
         same_subject_per_edit: int = 1,
         negatives_per_edit: int = 2,
+        intrinsic: int = 0,
         world: Path | None = None,
         order: Literal["file", "shuffled"] = "file",
         seed: int = 0,
@@ -96,6 +99,7 @@ class FactWorld(EditDataModule):
         self.neighbours_per_edit = neighbours_per_edit
         self.same_subject_per_edit = same_subject_per_edit
         self.negatives_per_edit = negatives_per_edit
+        self.intrinsic = intrinsic
         self._world: World | None = None
 
     @property
@@ -124,7 +128,7 @@ class FactWorld(EditDataModule):
             probes += source.same_subject(i, fact, self.same_subject_per_edit)
             probes += source.portability(edits[i], fact)
         self.texts = self._held_out_texts()
-        return edits, probes
+        return edits, probes + self._intrinsic({edit.target for edit in edits})
 
     def filler(self, count: int, seed: int = 0) -> list[str]:
         """Make `count` sentences that state no fact."""
@@ -156,6 +160,32 @@ class FactWorld(EditDataModule):
             if self.world.group[fact.subject] == self.split
             and fact.relation not in kept[fact.subject]
             and (self.relations is None or fact.relation in self.relations)
+        ]
+
+    def _intrinsic(self, new_objects: set[str]) -> list[Probe]:
+        """Ask facts of the other split's neighbours, whom nothing else in this split is about."""
+        world, other = self.world, NEIGHBOURS["dev" if self.split == "edit" else "edit"]
+        named = new_objects | {
+            fact.object for fact in world.facts if world.group[fact.subject] == self.split
+        }
+        facts = [
+            fact
+            for fact in world.facts
+            if world.group[fact.subject] == other and fact.subject not in named
+        ]
+        if not 0 <= self.intrinsic <= len(facts):
+            raise ValueError(f"intrinsic is {self.intrinsic}; this world has 0 to {len(facts)}")
+        rng = Random(f"intrinsic {self.split} {self.seed}")
+        return [
+            Probe(
+                f"intrinsic{n}",
+                None,
+                "intrinsic",
+                world.prompt(fact, rng.choice(fact.trained)),
+                fact.object,
+                axis=fact.relation,
+            )
+            for n, fact in enumerate(rng.sample(facts, self.intrinsic))
         ]
 
     def _background(self, wordings: Literal["trained", "held_out"]) -> list[str]:

@@ -234,3 +234,31 @@ def test_symbolic_tasks_are_right_and_tested_on_unseen_inputs(stream, name):
 def test_unknown_task_is_refused(stream):
     with pytest.raises(ValueError, match="no downstream task 'chess'"):
         stream.downstream("chess")
+
+
+@pytest.mark.parametrize("split", ["edit", "dev"])
+def test_intrinsic_facts_are_true_and_nobody_elses(folder, split):
+    """No edit, no other probe and no text that a method may see is about their subjects."""
+    data = make(folder, split=split, intrinsic=6)
+    world = data.world
+    fact_of = {world.prompt(fact, t): fact for fact in world.facts for t in fact.trained}
+    asked = [probe for probe in data.probes if probe.kind == "intrinsic"]
+    assert len({p.id for p in asked}) == 6
+    assert all(p.edit_id is None and p.target == fact_of[p.prompt].object for p in asked)
+    texts = [*data.texts, *data.corpus(500)]
+    texts += [text for edit in data.edits for text in (edit.prompt, *edit.negatives)]
+    texts += [probe.prompt for probe in data.probes if probe.kind != "intrinsic"]
+    for subject in {fact_of[p.prompt].subject for p in asked}:
+        assert not [text for text in texts if f" {subject} " in f" {text} "]
+
+
+def test_intrinsic_facts_leave_the_stream_as_it_is(folder):
+    plain, more = make(folder), make(folder, intrinsic=5)
+    assert plain.edits == more.edits
+    assert plain.probes == [p for p in more.probes if p.kind != "intrinsic"]
+    assert plain.texts == more.texts
+
+
+def test_more_intrinsic_facts_than_there_are_is_refused(folder):
+    with pytest.raises(ValueError, match="intrinsic is 9999; this world has 0 to"):
+        make(folder, intrinsic=9999)

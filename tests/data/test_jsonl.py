@@ -5,8 +5,9 @@ import logging
 
 import pytest
 
+from editkit.data.files import read_records
 from editkit.data.jsonl import JSONL
-from editkit.data.rows import SHOWN, BadRowsError, read_records
+from editkit.data.rows import SHOWN, BadRowsError
 from editkit.edits import Edit, Probe
 
 GOOD = {"prompt": "The capital of Australia is", "target": "Melbourne", "subject": "Australia"}
@@ -71,6 +72,21 @@ def test_a_full_line_becomes_an_edit_and_its_probes(write):
         Probe("aus.locality.0", 0, "locality", "The capital of France is", None),
         Probe("aus.locality.1", 0, "locality", "C", "D", axis="x"),
         Probe("aus.portability.0", 0, "portability", "E", "F", conditions=(("G", "H"),)),
+    ]
+
+
+def test_a_line_may_name_further_answers_the_old_one_and_wordings_of_one_question(write):
+    one = {"prompt": "A", "target": "B", "aliases": ["b"], "rival": "C", "group": "g"}
+    probes = {"generalization": ["R"], "portability": [one, {**one, "prompt": "A2"}]}
+    data = loaded(
+        write({**GOOD, "id": 1, "rival": "Canberra", "aliases": ["M."], "probes": probes})
+    )
+    fields = [(p.prompt, p.rival, p.aliases, p.group) for p in data.probes]
+    assert fields == [
+        (GOOD["prompt"], "Canberra", ("M.",), ""),
+        ("R", "Canberra", ("M.",), ""),
+        ("A", "C", ("b",), "1.g"),
+        ("A2", "C", ("b",), "1.g"),
     ]
 
 
@@ -199,6 +215,8 @@ BAD = [
     ({**GOOD, "rephrases": "r"}, "wrong type", "field 'rephrases' must be a list, found 'r'"),
     ({**GOOD, "negatives": ["", 1]}, "empty field", "field 'negatives[0]' is empty"),
     ({**GOOD, "probes": ["p"]}, "wrong type", "field 'probes' must be an object"),
+    ({**GOOD, "aliases": "M."}, "wrong type", "field 'aliases' must be a list, found 'M.'"),
+    ({**GOOD, "rival": ""}, "empty field", "field 'rival' is empty"),
     ({**GOOD, "subject": "Austria"}, "subject not in prompt", "subject 'Austria' is not in prompt"),
     ({**GOOD, "subject": "australia"}, "subject not in prompt", "(but is in other case)"),
     ({**GOOD, "rephrase": ["r"]}, "unknown field", "'rephrase'; did you mean 'rephrases'?"),
