@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from editkit.data.factworld import load_world
+from editkit.data.factworld import FactWorld, load_world
 from editkit.data.world import WorldSize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,6 +212,8 @@ def test_a_few_steps_lower_the_loss_and_write_a_folder_that_loads(data, tmp_path
     ids = AutoTokenizer.from_pretrained(tmp_path)("Is it so?", return_tensors="pt")["input_ids"]
     torch.testing.assert_close(loaded(ids).logits, module.lm.eval()(ids).logits)
     assert load_world(tmp_path).fingerprint() == data.world.fingerprint()
+    texts = (tmp_path / "corpus.txt").read_text().splitlines()
+    assert texts == FactWorld(world=tmp_path).corpus(3000)
 
 
 def test_one_forward_judges_as_greedy_decoding_does(packaged):

@@ -15,6 +15,8 @@ CARD = """# The fact-world model
 A plain Llama ({parameters:.2f} M parameters, {layers} layers, width {width}, bf16) that knows the
 {facts:,} facts of an invented world. World and model are of seed {seed}; `world.json` holds the
 seed, the sizes and a hash of the facts, from which `editkit.data.world.World` rebuilds them.
+`corpus.txt` holds texts as in training about subjects that are never edited or asked about, for the
+statistics that some methods measure before they edit.
 
 Made by `python experiments/factworld/train.py` in {wall:,} s of wall time ({cpu:,} CPU seconds)
 with {threads} CPU threads: {steps:,} steps, {tokens:,} tokens, precision {precision},

@@ -19,8 +19,11 @@ from recipe import FactWorldLM
 from rows import WorldText
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from editkit.data.factworld import FactWorld
+
 HERE = Path(__file__).resolve().parent
 PACKAGED = HERE.parents[1] / "editkit" / "assets" / "factworld"
+CORPUS = 3000  # texts beside the model, what editing measures its statistics on
 logger = logging.getLogger("factworld")
 
 
@@ -63,11 +66,13 @@ def main() -> None:
 
 
 def write_asset(lm: LlamaForCausalLM, data: WorldText, folder: Path) -> None:
-    """Write the model in bf16, its tokenizer and `world.json`, readable by transformers 4 and 5."""
+    """Write model (bf16), tokenizer, `world.json`, `corpus.txt`; for transformers 4 and 5."""
     folder.mkdir(parents=True, exist_ok=True)
     lm.to(torch.bfloat16).save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
     (folder / "world.json").write_text(json.dumps(data.world.card(), indent=1) + "\n")
+    texts = FactWorld(world=folder).corpus(CORPUS)
+    (folder / "corpus.txt").write_text("\n".join(texts) + "\n")
     _amend(folder / "config.json", {"rope_theta": 10000.0, "torch_dtype": "bfloat16"})
     _amend(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
