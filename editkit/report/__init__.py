@@ -1,0 +1,1 @@
+"""One self-contained page from the folders of runs, and the same tables as markdown and CSV."""
