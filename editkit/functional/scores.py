@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+Scores = dict[str, float]
+
 WORST_NLL = 1e4  # nats; keeps means of a diverged model finite (its logits are inf or nan)
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -60,6 +62,31 @@ def mean_by_row(values_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
 def all_by_row(hits_N: Tensor, row_N: Tensor, rows: int) -> Tensor:
     """Whether every token of a row is a hit [B]: `sequence_accuracy`."""
     return torch.bincount(row_N[~hits_N], minlength=rows) == 0
+
+
+def row_scores(logits_NV: Tensor, ids_N: Tensor, row_N: Tensor, rows: int) -> list[Scores]:
+    """Return the teacher-forced scores of each row; sums run on CPU in fp64.
+
+    Args:
+        logits_NV: Logits that predict the tokens.
+        ids_N: The tokens.
+        row_N: Row of each token, on CPU.
+        rows: Number of rows; the scores of one without tokens are nan.
+
+    Returns:
+        `token_accuracy`, `sequence_accuracy`, `nll` (mean) and `nll_sum` of each row.
+    """
+    hits_N = token_hits(logits_NV, ids_N).cpu()
+    nll_N = token_nll(logits_NV, ids_N).cpu().double()
+    nll_B = mean_by_row(nll_N, row_N, rows)
+    columns = (
+        mean_by_row(hits_N.double(), row_N, rows).tolist(),
+        all_by_row(hits_N, row_N, rows).double().tolist(),
+        nll_B.tolist(),
+        (nll_B * torch.bincount(row_N, minlength=rows)).tolist(),
+    )
+    names = ("token_accuracy", "sequence_accuracy", "nll", "nll_sum")
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def inner_stops(target: str, stop: tuple[str, ...]) -> int:

@@ -5,6 +5,7 @@ One `EditScore` averages one scorer over one kind of row; `EditScores` is all of
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,13 +16,16 @@ from torchmetrics.utilities import dim_zero_cat
 
 from editkit.metrics.evaluate import ProbeRow
 from editkit.metrics.intervals import Estimate, estimate
-from editkit.metrics.protocol import ROW_KINDS, SCORERS, Scorer
+from editkit.metrics.protocol import HIT_SCORERS, LOWER_IS_BETTER, ROW_KINDS, SCORERS, Scorer
 
 NO_EDIT = -1.0
+GROUPS = 2**24 - 1  # names of groups are hashed into so many numbers, all exact in fp32
 
 
 class EditScore(Metric):
     """Mean of one scorer over the counted rows of one kind, with an interval by edits.
+
+    Rows of one edit and group count once under a scorer of 1 or 0, as the best of them.
 
     Args:
         kind: Kind of row, such as `reliability` or `locality_gold`.
@@ -37,6 +41,7 @@ class EditScore(Metric):
     full_state_update = False
     values: list[Tensor]
     edit_ids: list[Tensor]
+    groups: list[Tensor]
 
     def __init__(self, kind: str, scorer: Scorer, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -47,14 +52,14 @@ class EditScore(Metric):
         self.kind = kind
         self.scorer = scorer
         self.seed = seed
-        # both of one dtype, which a rank without rows also sends; exact for ids below 2**24
-        self.add_state("values", default=[], dist_reduce_fx="cat")
-        self.add_state("edit_ids", default=[], dist_reduce_fx="cat")
+        # all of one dtype, which a rank without rows also sends; exact for ids below 2**24
+        for name in ("values", "edit_ids", "groups"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     @property
     def higher_is_better(self) -> bool:  # type: ignore[override]
-        """Every score is better the higher, but the negative log-likelihood."""
-        return self.scorer != "nll"
+        """Every score is better the higher, but negative log-likelihood and perplexity."""
+        return self.scorer not in LOWER_IS_BETTER
 
     def update(self, rows: Iterable[ProbeRow]) -> None:
         """Take in the rows of this kind that count and were scored by this scorer."""
@@ -66,13 +71,24 @@ class EditScore(Metric):
         if mine:
             ids = [NO_EDIT if row["edit_id"] is None else row["edit_id"] for row in mine]
             values = [row["scores"][self.scorer] for row in mine]
-            self.values.append(torch.tensor(values, dtype=torch.float32, device=self.device))
-            self.edit_ids.append(torch.tensor(ids, dtype=torch.float32, device=self.device))
+            is_hit = self.scorer in HIT_SCORERS
+            groups = [_number_of(row.get("group") or "") if is_hit else 0 for row in mine]
+            for state, numbers in (
+                (self.values, values),
+                (self.edit_ids, ids),
+                (self.groups, groups),
+            ):
+                state.append(torch.tensor(numbers, dtype=torch.float32, device=self.device))
 
     def compute(self) -> Estimate:
         """Return value, low, high, n (rows) and edits (clusters)."""
-        values, ids = _numbers(self.values), _numbers(self.edit_ids)
-        return estimate(values, [None if i == NO_EDIT else int(i) for i in ids], self.seed)
+        rows = zip(*map(_numbers, (self.values, self.edit_ids, self.groups)), strict=True)
+        best: dict[tuple[float, ...], float] = {}
+        for place, (value, edit_id, group) in enumerate(rows):
+            name = (edit_id, group) if group else (edit_id, group, place)
+            best[name] = max(value, best.get(name, value))
+        ids = [None if name[0] == NO_EDIT else int(name[0]) for name in best]
+        return estimate(list(best.values()), ids, self.seed)
 
 
 class EditScores(nn.Module):
@@ -124,3 +140,8 @@ def _numbers(state: list[Tensor] | Tensor) -> list[float]:
         return []
     numbers: list[float] = dim_zero_cat(state).tolist()
     return numbers
+
+
+def _number_of(group: str) -> int:
+    """Return a number that stands for a group's name within its edit; 0 for none."""
+    return zlib.crc32(group.encode()) % GROUPS + 1 if group else 0

@@ -4,31 +4,28 @@ Reliability, generalization, portability and intrinsic probes are judged against
 A locality probe is judged against the unedited model, and where it has a gold target a second
 row, `locality_gold`, judges the same answer against that. A probe whose conditions the unedited
 model does not meet yields its rows with `counted: false` and no scores.
+
+A row has the scores of `EvalProtocol.scorers` that its probe has data for: `pair` wants a rival,
+`choice` wants choices, `fluency` and `consistency` are of reliability rows alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
-import torch
-from torch import Tensor
-
 from editkit.edits import Probe
-from editkit.functional.scores import (
-    all_by_row,
-    answers_match,
-    cut_answer,
-    mean_by_row,
-    token_hits,
-    token_nll,
-)
+from editkit.functional.scores import Scores, answers_match, cut_answer
 from editkit.lm.editable import EditableLM
-from editkit.metrics.ask import forced_batches, free_answers
+from editkit.metrics.ask import CONFIDENT, Heard, Question, ask
+from editkit.metrics.compat import Answered, zsre_scores
+from editkit.metrics.essays import fluency, write_essays
+from editkit.metrics.judge import Case
 from editkit.metrics.protocol import EvalProtocol
-from editkit.metrics.references import References
+from editkit.metrics.references import References, accepted_answers
 
-Scores = dict[str, float]
+WORST_LOG = 700.0  # nats: exp of more is no number
 
 
 class ProbeRow(TypedDict):
@@ -38,8 +35,10 @@ class ProbeRow(TypedDict):
     edit_id: int | None
     kind: str
     axis: str
+    group: str
     prompt: str
     target: str | None
+    rival: str | None
     scores: Scores
     answer: str | None
     reference: str | None
@@ -67,25 +66,30 @@ def score_probes(
 
     Raises:
         ValueError: If a probe that needs a target has none, or two probes share an id.
+        JudgeError: If the judge fails on a case.
     """
     for probe in probes:
-        if probe.target is None and probe.kind != "locality":
+        if probe.target is None and (probe.kind != "locality" or probe.rival or probe.choices):
             raise ValueError(f"probe {probe.id!r} of kind {probe.kind!r} needs a target")
     size = batch_size or protocol.batch_size
     references.fill(lm, probes, protocol, size)
     asked = [probe for probe in probes if references.counts(probe)]
-    forced: list[dict[str, Scores]] = [{} for _ in asked]
-    free: list[str | None] = [None] * len(asked)
-    if protocol.is_forced:
-        forced = _forced_scores(lm, asked, references, size)
-    if protocol.is_free:
-        prompts, targets = [p.prompt for p in asked], [p.target for p in asked]
-        free = [*free_answers(lm, prompts, targets, protocol, size)]
-    results = iter(zip(forced, free, strict=True))
-    rows: list[ProbeRow] = []
+    heard: Iterator[Heard | None] = iter([None] * len(asked))
+    if protocol.is_free or protocol.is_forced:
+        questions = [_question(probe, references, protocol) for probe in asked]
+        is_whole = protocol.asks("ood")
+        heard = iter(ask(lm, questions, protocol, size, protocol.is_free, is_whole))
+    pairs: list[tuple[Probe, ProbeRow]] = []
     for probe in probes:
-        scores, text = next(results) if references.counts(probe) else ({}, None)
-        rows += [_row(probe, k, scores, text, references, protocol) for k in row_kinds(probe)]
+        one = next(heard) if references.counts(probe) else None
+        pairs += [(probe, _row(probe, k, one, references, protocol)) for k in row_kinds(probe)]
+    counted = [(probe, row) for probe, row in pairs if row["counted"]]
+    _add_quirks(lm, [row for _, row in counted], protocol, size)
+    _add_essays(lm, [row for _, row in counted], protocol, size)
+    _add_verdicts(counted, protocol)
+    rows = [row for _, row in pairs]
+    for row in rows:
+        row["scores"] = {s: row["scores"][s] for s in protocol.scorers if s in row["scores"]}
     return rows
 
 
@@ -96,73 +100,130 @@ def row_kinds(probe: Probe) -> tuple[str, ...]:
     return (probe.kind,)
 
 
+def _question(probe: Probe, references: References, protocol: EvalProtocol) -> Question:
+    """Put a probe as a question; a free answer is soonest found where the right one is forced."""
+    others: tuple[str, ...] = ()
+    if protocol.asks("pair", "pair_diff") and probe.rival is not None:
+        others = (probe.rival,)
+    if protocol.asks("choice", "choice_norm"):
+        others += probe.choices
+    is_compared = protocol.is_forced and probe.kind == "locality"
+    return Question(
+        prompt=probe.prompt,
+        draft=references.continuation(probe),
+        compared=tuple(references[probe].argmax or ()) if is_compared else None,
+        others=others,
+        accepted=accepted_answers(probe),
+    )
+
+
 def _row(
     probe: Probe,
     kind: str,
-    forced: dict[str, Scores],
-    text: str | None,
+    heard: Heard | None,
     references: References,
     protocol: EvalProtocol,
 ) -> ProbeRow:
-    """Judge the free answer, where there is one, and write the row."""
+    """Judge what was heard of a probe, as far as that needs no model, and write its row."""
     counted = references.counts(probe)
     reference = references[probe].answer if kind == "locality" else None
-    scores = dict(forced.get(kind, {}))
+    scores: Scores = {}
     answer = None
-    if text is not None:
-        target = None if kind == "locality" else probe.target
-        answer = cut_answer(text, protocol.stop, target)
-        expected = reference if target is None else target
-        assert expected is not None, "fill() asked for the reference"
-        scores["generation"] = float(answers_match(answer, expected))
+    if heard is not None:
+        if protocol.is_forced:
+            scores |= heard.compared if kind == "locality" else heard.scores
+            scores |= {} if kind == "locality" else _against_target(probe, heard, protocol)
+        if heard.answer is not None and kind == "locality":
+            assert reference is not None, "fill() asked for the reference"
+            answer = cut_answer(heard.answer, protocol.stop)
+            scores["generation"] = float(answers_match(answer, reference))
+        elif heard.answer is not None:
+            answer, is_right = _match(heard.answer, accepted_answers(probe), protocol.stop)
+            scores["generation"] = float(is_right)
     return ProbeRow(
         probe_id=probe.id,
         edit_id=probe.edit_id,
         kind=kind,
         axis=probe.axis,
+        group=probe.group,
         prompt=probe.prompt,
         target=probe.target,
-        scores={name: scores[name] for name in protocol.scorers} if counted else {},
+        rival=probe.rival,
+        scores=scores,
         answer=answer,
         reference=reference,
         counted=counted,
     )
 
 
-@torch.no_grad()
-def _forced_scores(
-    lm: EditableLM, asked: Sequence[Probe], references: References, size: int
-) -> list[dict[str, Scores]]:
-    """Score every probe's forced continuation in one pass, per kind of row."""
-    found: list[dict[str, Scores]] = [{} for _ in asked]
-    texts = [references.continuation(probe) for probe in asked]
-    for rows, tokens in forced_batches(lm, [p.prompt for p in asked], texts, size):
-        batch = [asked[i] for i in rows]
-        logits_NV = lm.target_logits(tokens)
-        row_N = tokens.target_rows_N.cpu()
-        gold_N = tokens.target_ids_N
-        given = gold_N.split(tokens.target_BT.sum(1).tolist())
-        judged = [
-            ids.new_tensor(references[p].argmax) if p.kind == "locality" else ids
-            for p, ids in zip(batch, given, strict=True)
-        ]
-        first = _scores_by_row(logits_NV, torch.cat(judged), row_N, len(rows))
-        for i, scores in zip(rows, first, strict=True):
-            found[i][asked[i].kind] = scores
-        if any(len(row_kinds(p)) > 1 for p in batch):
-            gold = _scores_by_row(logits_NV, gold_N, row_N, len(rows))
-            for i, scores in zip(rows, gold, strict=True):
-                found[i]["locality_gold"] = scores
-    return found
+def _match(text: str, expected: tuple[str, ...], stop: tuple[str, ...]) -> tuple[str, bool]:
+    """Return a free answer, cut as what it answers allows, and whether it is one expected."""
+    cuts = [(cut_answer(text, stop, right), right) for right in expected]
+    hits = [cut for cut, right in cuts if answers_match(cut, right)]
+    return (hits[0], True) if hits else (cuts[0][0], False)
 
 
-def _scores_by_row(logits_NV: Tensor, ids_N: Tensor, row_N: Tensor, rows: int) -> list[Scores]:
-    """Return the three teacher-forced scores of each row; row sums run on CPU in fp64."""
-    hits_N = token_hits(logits_NV, ids_N).cpu()
-    nll_N = token_nll(logits_NV, ids_N).cpu().double()
-    by_scorer = {
-        "token_accuracy": mean_by_row(hits_N.double(), row_N, rows).tolist(),
-        "sequence_accuracy": all_by_row(hits_N, row_N, rows).double().tolist(),
-        "nll": mean_by_row(nll_N, row_N, rows).tolist(),
+def _against_target(probe: Probe, heard: Heard, protocol: EvalProtocol) -> Scores:
+    """Return the scores that compare a target with a bound or with other answers."""
+    nll, total = heard.scores["nll"], heard.scores["nll_sum"]
+    scores = {
+        "perplexity": math.exp(min(nll, WORST_LOG)),
+        "ood": heard.confident,
+        "ood_instance": float(nll < CONFIDENT),
     }
-    return [{name: values[b] for name, values in by_scorer.items()} for b in range(rows)]
+    others = list(heard.others)
+    if probe.rival is not None and protocol.asks("pair", "pair_diff"):
+        rival, _ = others.pop(0)
+        scores["pair"] = float(nll < rival)
+        scores["pair_diff"] = math.exp(-nll) - math.exp(-rival)
+    if others:
+        scores["choice"] = float(total < min(other for _, other in others))
+        scores["choice_norm"] = float(nll < min(other for other, _ in others))
+    return scores
+
+
+def _add_quirks(
+    lm: EditableLM, rows: Sequence[ProbeRow], protocol: EvalProtocol, size: int
+) -> None:
+    """Replace the scores of tokens by those of released code, where that is asked for."""
+    judged = [(row, row["target"]) for row in rows if row["kind"] != "locality"]
+    if protocol.compat:
+        answered = [
+            Answered(row["prompt"], target, row["kind"] == "locality_gold")
+            for row, target in judged
+            if target is not None
+        ]
+        found = zsre_scores(lm, answered, protocol.compat, size)
+        for (row, _), scores in zip(judged, found, strict=True):
+            row["scores"] |= scores
+
+
+def _add_essays(
+    lm: EditableLM, rows: Sequence[ProbeRow], protocol: EvalProtocol, size: int
+) -> None:
+    """Let the model write on the edited prompts, where that is asked for."""
+    if not protocol.asks("fluency", "consistency"):
+        return
+    edited = [row for row in rows if row["kind"] == "reliability"]
+    essays = write_essays(lm, [row["prompt"] for row in edited], protocol.essay_tokens, size)
+    for row, essay in zip(edited, essays, strict=True):
+        row["scores"]["fluency"] = fluency(essay)
+        if protocol.reference_texts is not None:
+            likeness = protocol.reference_texts.consistency(essay, row["target"] or "")
+            row["scores"] |= {} if likeness is None else {"consistency": likeness}
+
+
+def _add_verdicts(counted: Sequence[tuple[Probe, ProbeRow]], protocol: EvalProtocol) -> None:
+    """Ask the judge about free answers, where there is one."""
+    if protocol.judge is None or not protocol.asks("judge"):
+        return
+    cases = [
+        Case(
+            probe.prompt,
+            (row["reference"] or "",) if row["kind"] == "locality" else accepted_answers(probe),
+            row["answer"] or "",
+        )
+        for probe, row in counted
+    ]
+    for (_, row), verdict in zip(counted, protocol.judge.verdicts(cases), strict=True):
+        row["scores"]["judge"] = float(verdict)

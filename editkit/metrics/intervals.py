@@ -67,6 +67,57 @@ def estimate(values: Sequence[float], edit_ids: Sequence[int | None], seed: int 
     return result
 
 
+def estimate_harmonic(
+    parts: Sequence[tuple[Sequence[float], Sequence[int | None]]], seed: int = 0
+) -> Estimate:
+    """Harmonic mean of several means over rows (CounterFact's score), resampled by edit.
+
+    A resample draws edits with replacement and takes all their rows, of every part: what varies
+    together among the parts does so in the interval. A mean of 0 makes it 0.
+
+    Args:
+        parts: Scores and edits of the rows of each mean; no score is negative.
+        seed: Seed of the resampling.
+
+    Returns:
+        The harmonic mean, its interval, the number of rows and of clusters; no value where a part
+        has no rows.
+    """
+    columns: dict[object, int] = {}
+    for p, (_, edit_ids) in enumerate(parts):
+        for r, edit_id in enumerate(edit_ids):
+            columns.setdefault((p, r) if edit_id is None else edit_id, len(columns))
+    sum_PC, count_PC = np.zeros((2, len(parts), len(columns)))
+    for p, (values, edit_ids) in enumerate(parts):
+        for r, (value, edit_id) in enumerate(zip(values, edit_ids, strict=True)):
+            column = columns[(p, r) if edit_id is None else edit_id]
+            sum_PC[p, column] += value
+            count_PC[p, column] += 1
+    size = len(columns)
+    result = Estimate(value=None, low=None, high=None, n=int(count_PC.sum()), edits=size)
+    if not parts or not count_PC.sum(1).all():
+        return result
+    result["value"] = float(_harmonic(sum_PC.sum(1), count_PC.sum(1)))
+    if size > 1:
+        draw = np.random.default_rng(seed)
+        found = []
+        for done in range(0, RESAMPLES, step := max(1, BATCH_ENTRIES // size)):
+            times_RC = draw.multinomial(size, [1 / size] * size, min(step, RESAMPLES - done))
+            found.append(_harmonic(times_RC @ sum_PC.T, times_RC @ count_PC.T))
+        tail = (1 - LEVEL) / 2
+        low, high = np.nanquantile(np.concatenate(found), [tail, 1 - tail])
+        result["low"], result["high"] = float(low), float(high)
+    return result
+
+
+def _harmonic(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the harmonic mean of sums / counts over the last axis; nan where a count is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse: NDArray[np.float64] = (counts / sums).mean(-1)  # of a mean of 0: inf
+        whole = np.where(counts.all(-1), inverse, np.nan)
+        return np.asarray(1 / whole)
+
+
 def _clusters(
     values: Sequence[float], edit_ids: Sequence[int | None]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -11,7 +11,7 @@ import torch
 from editkit.edits import Probe
 from editkit.functional.scores import answers_match, cut_answer
 from editkit.lm.editable import EditableLM
-from editkit.metrics.ask import forced_batches, free_answers
+from editkit.metrics.ask import Question, ask
 from editkit.metrics.protocol import EvalProtocol
 
 PLACEHOLDER = "."  # forced where the unedited model answers nothing; only its place matters
@@ -34,6 +34,11 @@ class Reference:
     counted: bool | None = None
     answer: str | None = None
     argmax: list[int] | None = None
+
+
+def accepted_answers(probe: Probe) -> tuple[str, ...]:
+    """Return the right answers of a probe, its target first; none where it has no target."""
+    return () if probe.target is None else (probe.target, *probe.aliases)
 
 
 class References:
@@ -89,9 +94,10 @@ class References:
         with lm.unedited():
             self._fill_counted(lm, probes, protocol, batch_size)
             local = [p for p in probes if p.kind == "locality" and self.counts(p)]
-            self._fill_answers(lm, local, protocol, batch_size)
-            if protocol.is_forced:
-                self._fill_argmax(lm, local, batch_size)
+            unknown = [p for p in local if p.target is None and self[p].answer is None]
+            self._fill_local(lm, unknown, protocol, batch_size, is_free=True)
+            needed = [p for p in local if self._lacks(p, protocol)]
+            self._fill_local(lm, needed, protocol, batch_size, protocol.is_free)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all references as plain lists, texts and numbers."""
@@ -121,32 +127,41 @@ class References:
         """Find the probes whose conditions the unedited model meets."""
         open_ones = [p for p in probes if p.conditions and self[p].counted is None]
         pairs = list(dict.fromkeys(pair for p in open_ones for pair in p.conditions))
-        prompts, targets = [p for p, _ in pairs], [t for _, t in pairs]
-        answers = free_answers(lm, prompts, targets, protocol, batch_size)
+        questions = [Question(prompt, right, accepted=(right,)) for prompt, right in pairs]
         met = {
-            pair: answers_match(cut_answer(answer, protocol.stop, pair[1]), pair[1])
-            for pair, answer in zip(pairs, answers, strict=True)
+            pair: answers_match(cut_answer(heard.answer or "", protocol.stop, pair[1]), pair[1])
+            for pair, heard in zip(
+                pairs, ask(lm, questions, protocol, batch_size, is_free=True), strict=True
+            )
         }
         for probe in open_ones:
             self[probe].counted = all(met[pair] for pair in probe.conditions)
 
-    def _fill_answers(
-        self, lm: EditableLM, local: Sequence[Probe], protocol: EvalProtocol, batch_size: int
-    ) -> None:
-        """Let the unedited model answer freely where that is compared or continued."""
-        needed = [p for p in local if protocol.is_free or p.target is None]
-        needed = [p for p in needed if self[p].answer is None]
-        prompts, targets = [p.prompt for p in needed], [p.target for p in needed]
-        answers = free_answers(lm, prompts, targets, protocol, batch_size)
-        for probe, answer in zip(needed, answers, strict=True):
-            self[probe].answer = cut_answer(answer, protocol.stop)
+    def _lacks(self, probe: Probe, protocol: EvalProtocol) -> bool:
+        """Whether a locality probe was not asked all that the protocol compares."""
+        kept = self[probe]
+        return (protocol.is_free and kept.answer is None) or (
+            protocol.is_forced and kept.argmax is None
+        )
 
-    def _fill_argmax(self, lm: EditableLM, local: Sequence[Probe], batch_size: int) -> None:
-        """Note the unedited model's most likely token at every forced position."""
-        needed = [p for p in local if self[p].argmax is None]
-        prompts, texts = [p.prompt for p in needed], [self.continuation(p) for p in needed]
-        for rows, tokens in forced_batches(lm, prompts, texts, batch_size):
-            argmax_N = lm.target_logits(tokens).argmax(-1)
-            sizes = tokens.target_BT.sum(1).tolist()
-            for row, ids_T in zip(rows, argmax_N.split(sizes), strict=True):
-                self[needed[row]].argmax = ids_T.tolist()
+    def _fill_local(
+        self,
+        lm: EditableLM,
+        local: Sequence[Probe],
+        protocol: EvalProtocol,
+        batch_size: int,
+        is_free: bool,
+    ) -> None:
+        """Note the unedited model's answer, and its likeliest tokens where a text is forced."""
+        questions = []
+        for p in local:
+            is_unknown = p.target is None and self[p].answer is None
+            draft = None if is_unknown else self.continuation(p)
+            questions.append(Question(p.prompt, draft, accepted=accepted_answers(p)))
+        heard = ask(lm, questions, protocol, batch_size, is_free)
+        for probe, question, one in zip(local, questions, heard, strict=True):
+            kept = self[probe]
+            if kept.answer is None and one.answer is not None:
+                kept.answer = cut_answer(one.answer, protocol.stop)
+            if question.draft is not None:
+                kept.argmax = list(one.argmax)

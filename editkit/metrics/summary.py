@@ -1,4 +1,32 @@
-"""From rows to `summary.json`: final scores, scores right after each edit, and scores by age."""
+"""From rows to `summary.json`: final scores, scores right after each edit, and scores by age.
+
+A line of `probes.jsonl` is a row of `editkit.metrics.evaluate` with its moment:
+
+    moment      immediate (right after its own edit), milestone (on the way) or final
+    edits_seen  edits applied when it was scored
+    probe_id, edit_id, kind, axis, group, prompt, target, rival     as the probe has them; a probe
+                of kind locality with a gold target leaves two rows, locality and locality_gold
+    relation    relation of the edited fact; empty where the data has none
+    scores      scorer: value, of the scorers that the probe has data for; {} where not counted
+    answer      what the model said, cut; null where nothing was decoded
+    reference   what the unedited model said; null on rows that are not compared with it
+    counted     whether the probe's conditions hold for the unedited model
+
+`summary.json` holds, every estimate being {value, low, high, n, edits}:
+
+    method, base, edits_seen, seconds_per_edit, peak_memory_bytes, perplexity {before, after}
+    scores      kind: scorer: estimate over the final rows that count
+    score       harmonic mean of `pair` on reliability, generalization and locality_gold, which
+                is CounterFact's score of efficacy, generalization and specificity; null without
+    axes        kind: axis: scorer: estimate
+    immediate   kind: scorer: estimate over the rows scored right after their own edit
+    by_age      [{age: [from, to], edits, scores}], newest first
+    uncounted   kind: rows left out
+    protocol    how rows were scored, and what a run is stamped with
+
+Rows of one group are one question in several wordings: under a scorer of 1 or 0 they count once,
+as the best of them (MQuAKE's multi-hop hit rate).
+"""
 
 from __future__ import annotations
 
@@ -7,17 +35,18 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from editkit.metrics.evaluate import ProbeRow
-from editkit.metrics.intervals import Estimate, estimate
-from editkit.metrics.protocol import ROW_KINDS, SCORERS, EvalProtocol
+from editkit.metrics.intervals import Estimate, estimate, estimate_harmonic
+from editkit.metrics.protocol import HIT_SCORERS, ROW_KINDS, SCORERS, EvalProtocol
 
 AGE_BUCKETS = 10
+COUNTERFACT_KINDS = ("reliability", "generalization", "locality_gold")
 
 Table = dict[str, dict[str, Estimate]]
 
@@ -74,6 +103,7 @@ def summarise(
         "base": facts.base,
         "edits_seen": facts.edits_seen,
         "scores": score_table(final, seed),
+        "score": counterfact_score(final, seed),
         "axes": {kind: named for kind, named in axes.items() if named},
         "immediate": score_table(immediate, seed),
         "by_age": by_age(final, facts.edits_seen, seed),
@@ -81,26 +111,47 @@ def summarise(
         "seconds_per_edit": facts.seconds_per_edit,
         "peak_memory_bytes": facts.peak_memory_bytes,
         "uncounted": dict(Counter(row["kind"] for row in final if not row["counted"])),
-        "protocol": asdict(protocol),
+        "protocol": protocol.describe(),
     }
 
 
 def score_table(rows: Iterable[ProbeRow], seed: int = 0) -> Table:
-    """Return an estimate by kind and scorer over the rows that count."""
-    values: dict[tuple[str, str], list[float]] = {}
-    edits: dict[tuple[str, str], list[int | None]] = {}
-    for row in rows:
-        if row["counted"]:
-            for scorer, value in row["scores"].items():
-                values.setdefault((row["kind"], scorer), []).append(value)
-                edits.setdefault((row["kind"], scorer), []).append(row["edit_id"])
+    """Return an estimate by kind and scorer over the rows that count, a group counting once."""
+    values = score_values(rows)
     table: Table = {}
     for kind in ROW_KINDS:
         for scorer in SCORERS:
             if found := values.get((kind, scorer)):
-                cell = estimate(found, edits[kind, scorer], seed)
-                table.setdefault(kind, {})[scorer] = cell
+                table.setdefault(kind, {})[scorer] = estimate(*found, seed)
     return table
+
+
+def score_values(
+    rows: Iterable[ProbeRow],
+) -> dict[tuple[str, str], tuple[list[float], list[int | None]]]:
+    """Return the scores that count and their edits, by kind and scorer."""
+    values: dict[tuple[str, str], tuple[list[float], list[int | None]]] = {}
+    places: dict[tuple[object, ...], int] = {}
+    for row in rows:
+        for scorer, value in row["scores"].items() if row["counted"] else ():
+            found, edits = values.setdefault((row["kind"], scorer), ([], []))
+            if row.get("group") and scorer in HIT_SCORERS:
+                name = (row["kind"], scorer, row["edit_id"], row["group"])
+                place = places.setdefault(name, len(found))
+                if place < len(found):
+                    found[place] = max(found[place], value)
+                    continue
+            found.append(value)
+            edits.append(row["edit_id"])
+    return values
+
+
+def counterfact_score(rows: Iterable[ProbeRow], seed: int = 0) -> Estimate | None:
+    """Return the harmonic mean of efficacy, generalization and specificity; None without rivals."""
+    values = score_values(rows)
+    parts = [values.get((kind, "pair")) for kind in COUNTERFACT_KINDS]
+    whole = [part for part in parts if part is not None]
+    return estimate_harmonic(whole, seed) if len(whole) == len(parts) else None
 
 
 def by_age(

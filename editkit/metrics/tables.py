@@ -10,7 +10,9 @@ from rich.table import Table
 from editkit.metrics.intervals import Estimate
 from editkit.metrics.protocol import SCORERS
 
-CURVE_SCORERS = ("generation", "sequence_accuracy", "token_accuracy", "nll")  # first one there
+CURVE_SCORERS = (  # the first one there
+    "generation", "judge", "sequence_accuracy", "choice", "pair", "token_accuracy", "nll",
+)  # fmt: skip
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
@@ -69,6 +71,8 @@ def age_table(summary: dict[str, Any], scorer: str | None = None) -> Table:
 def _caption(summary: dict[str, Any]) -> str:
     """Name what the table leaves out and what editing has cost."""
     parts = []
+    if score := summary.get("score"):
+        parts.append(f"CounterFact score {_number(score['value'])} ({_interval(score)})")
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
     if before is not None and after is not None:
         parts.append(f"perplexity {before:.4g} to {after:.4g}")

@@ -79,7 +79,9 @@ def build(family: str) -> tuple[Any, Any]:
         eos_token_id=0,
         tie_word_embeddings=False,
     )
-    return _talks_in_sentences(GPT2LMHeadModel(shape), tokenizer), tokenizer
+    # transformers 4 makes GPT-2's mask for sdpa in fp32 whatever the dtype, too small for fp64
+    model = GPT2LMHeadModel._from_config(shape, attn_implementation="eager")
+    return _talks_in_sentences(model, tokenizer), tokenizer
 
 
 def _talks_in_sentences(model: Any, tokenizer: Any) -> Any:

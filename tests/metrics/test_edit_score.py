@@ -1,6 +1,7 @@
 """The torchmetrics shells: which rows they take, and one answer on one device and on two."""
 
 import json
+import random
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,8 @@ import torch.multiprocessing as mp
 
 from editkit.metrics.edit_score import EditScore, EditScores
 from editkit.metrics.intervals import estimate
+from editkit.metrics.protocol import SCORERS
+from editkit.metrics.summary import score_table
 
 
 def row(edit_id, kind="reliability", counted=True, **scores):
@@ -18,6 +21,7 @@ def row(edit_id, kind="reliability", counted=True, **scores):
         "edit_id": edit_id,
         "kind": kind,
         "axis": "",
+        "group": "",
         "prompt": "p",
         "target": "t",
         "scores": scores,
@@ -57,9 +61,30 @@ def test_reset_forgets():
     assert metric.compute()["n"] == 1
 
 
-def test_only_nll_is_better_the_lower():
-    assert EditScore("locality", "token_accuracy").higher_is_better
-    assert not EditScore("locality", "nll").higher_is_better
+def test_only_surprise_is_better_the_lower():
+    lower = [s for s in SCORERS if not EditScore("locality", s).higher_is_better]
+    assert lower == ["nll", "perplexity"]
+
+
+def test_a_group_counts_once_and_is_right_where_any_wording_is():
+    draw = random.Random(0)
+    rows = []
+    for edit in range(40):
+        for group in ("", "a", "b"):
+            hits = [float(draw.random() < 0.3) for _ in range(3)]
+            rows += [row(edit, generation=hit, nll=2 - hit) | {"group": group} for hit in hits]
+    expected = [max(r["scores"]["generation"] for r in rows[i : i + 3]) for i in range(0, 360, 3)]
+    lone = [r["scores"]["generation"] for r in rows if not r["group"]]
+    values = [hit for i, hit in enumerate(expected) if i % 3] + lone
+    edits = [e for e in range(40) for _ in range(2)] + [e for e in range(40) for _ in range(3)]
+    draw.shuffle(rows)
+    hits, surprise = EditScore("reliability", "generation"), EditScore("reliability", "nll")
+    for start in range(0, 360, 50):
+        hits.update(rows[start : start + 50])
+        surprise.update(rows[start : start + 50])
+    assert hits.compute() == pytest.approx(estimate(values, edits))
+    assert hits.compute() == pytest.approx(score_table(rows)["reliability"]["generation"])
+    assert surprise.compute()["n"] == 360
 
 
 @pytest.mark.parametrize(

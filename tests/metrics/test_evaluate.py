@@ -1,7 +1,7 @@
 """Rows of the evaluator, recomputed one by one with transformers' own forward."""
 
-import dataclasses
 import functools
+import json
 import random
 import string
 
@@ -10,6 +10,7 @@ import torch
 
 from editkit.edits import Probe
 from editkit.lm.editable import EditableLM
+from editkit.lm.reading import Reading
 from editkit.lm.spec import LMSpec
 from editkit.metrics.evaluate import score_probes
 from editkit.metrics.protocol import EvalProtocol
@@ -153,30 +154,42 @@ def test_only_the_scorers_asked_for_are_computed(twins, probes, monkeypatch):
     assert [r["scores"] for r in rows] == [{"generation": r["scores"]["generation"]} for r in full]
 
 
-class Calls:
-    """Stands in for `generate`: canned answers, and a note of every call."""
+@pytest.fixture
+def says(twins, monkeypatch):
+    """Let the model say given texts, in turn; keep the ends that its rows were decoded with."""
 
-    def __init__(self, said):
-        self.said = said
-        self.budgets = {}
-        self.stops = {}
+    def arrange(*texts):
+        said, ends = iter(texts), []
+        decode = Reading.decode
 
-    def __call__(self, prompts, max_new_tokens, stop):
-        for prompt in prompts:
-            self.budgets[prompt], self.stops[prompt] = max_new_tokens, stop
-        return [self.said(prompt) for prompt in prompts]
+        def watch(reading, given, *args):
+            ends.append((reading.tokens.target_BT.sum(1).tolist(), given))
+            return decode(reading, given, *args)
+
+        monkeypatch.setattr(Reading, "decode", watch)
+        monkeypatch.setattr(twins.lm, "texts", lambda rows: [next(said) for _ in rows])
+        return ends
+
+    return arrange
 
 
-def test_a_budget_depends_on_the_own_target_alone(twins, monkeypatch):
-    calls = Calls(lambda prompt: "w1")
-    monkeypatch.setattr(twins.lm, "generate", calls)
+def test_a_budget_depends_on_the_own_answers_alone(twins, says):
+    ends = says(*["w1"] * 5)
     counts = {"w1": 1, "w2": 3, "w3": 9, "w4": 20}
     asked = [Probe(p, 0, "reliability", p, " ".join(["w9"] * n)) for p, n in counts.items()]
+    asked.append(Probe("w5", 0, "reliability", "w5", "w9", aliases=(" ".join(["w9"] * 11), "w8")))
     rows_of(twins.lm, asked, protocol=EvalProtocol(max_new_tokens=12))
+    expected = []
     for probe in asked:
-        tokens = len(twins.forced(twins.after, probe.prompt, probe.target)[1])
-        assert calls.budgets[probe.prompt] == max(12, tokens + 8)
-    assert len(set(calls.budgets.values())) > 2
+        sizes = [len(twins.forced(twins.after, probe.prompt, t)[1]) for t in answers_of(probe)]
+        expected.append((sizes[0], max(12, max(sizes) + 8)))
+    ((drafts, given),) = ends
+    assert sorted(zip(drafts, given.room_B.tolist(), strict=True)) == sorted(expected)
+    assert len(set(expected)) > 3
+
+
+def answers_of(probe):
+    return [probe.target, *probe.aliases]
 
 
 @pytest.mark.parametrize(
@@ -189,19 +202,32 @@ def test_a_budget_depends_on_the_own_target_alone(twins, monkeypatch):
         ("St", 0.0),
     ],
 )
-def test_a_target_with_a_stop_inside_can_be_met_and_run_on_answers_fail(
-    twins, monkeypatch, said, score
-):
-    calls = Calls(lambda prompt: said)
-    monkeypatch.setattr(twins.lm, "generate", calls)
+def test_a_target_with_a_stop_inside_can_be_met_and_run_on_answers_fail(twins, says, said, score):
+    ends = says(said)
     (row,) = rows_of(twins.lm, [Probe("p", 0, "reliability", "w1 is in", "St. Louis.")])
     assert row["scores"]["generation"] == score
-    assert calls.stops == {"w1 is in": ()}  # else decoding could end behind "St."
+    assert ends[0][1].stops_B.tolist() == [2]  # else decoding could end behind "St."
 
 
-def test_a_gold_answer_with_a_stop_inside_does_not_shift_where_locality_is_cut(twins, monkeypatch):
-    said = iter(["St. Paul", "St. Louis"])  # unedited, edited
-    monkeypatch.setattr(twins.lm, "generate", Calls(lambda prompt: next(said)))
+@pytest.mark.parametrize(
+    ("said", "answer", "score"),
+    [
+        ("w7. w1", "w7", 1.0),
+        ("W2. w1", "W2", 1.0),
+        ("St. Louis. w1", "St. Louis", 1.0),
+        ("St. w2. w1", "St", 0.0),
+        ("w7 w2", "w7 w2", 0.0),
+    ],
+)
+def test_any_alias_is_a_right_answer(twins, says, said, answer, score):
+    says(said)
+    probe = Probe("p", 0, "portability", "w1 is in", "w7", aliases=("w2", "St. Louis"))
+    (row,) = rows_of(twins.lm, [probe])
+    assert (row["answer"], row["scores"]["generation"]) == (answer, score)
+
+
+def test_a_gold_answer_with_a_stop_inside_does_not_shift_where_locality_is_cut(twins, says):
+    says("St. Paul", "St. Louis")  # unedited, edited
     rows = rows_of(twins.lm, [Probe("p", 0, "locality", "w1 is in", "St. Louis")])
     local, gold = rows
     assert (local["answer"], local["reference"]) == ("St", "St")
@@ -209,8 +235,8 @@ def test_a_gold_answer_with_a_stop_inside_does_not_shift_where_locality_is_cut(t
     assert local["scores"]["generation"] == gold["scores"]["generation"] == 1.0
 
 
-def test_where_the_unedited_model_says_nothing_its_next_token_is_compared(twins, monkeypatch):
-    monkeypatch.setattr(twins.lm, "generate", Calls(lambda prompt: ""))
+def test_where_the_unedited_model_says_nothing_its_next_token_is_compared(twins, says):
+    says("", "", "")
     (row,) = rows_of(twins.lm, [Probe("p", None, "locality", "w1 is in")])
     ids = twins.tokenizer("w1 is in")["input_ids"]
     assert len(twins.forced(twins.before, "w1 is in", ".")[1]) == 1
@@ -309,6 +335,10 @@ def test_the_packaged_model_scores_the_same_one_by_one_as_together():
         ({"stop": ("",)}, "empty string"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": -1}, "batch_size is -1"),
+        ({"essay_tokens": 0}, "essay_tokens is 0"),
+        ({"scorers": ("judge",)}, "needs a judge"),
+        ({"scorers": ("consistency",)}, "reference_texts"),
+        ({"compat": ("zsre",)}, "zsre_double_space"),
     ],
 )
 def test_a_wrong_protocol_is_refused_by_its_value(wrong, says):
@@ -317,4 +347,28 @@ def test_a_wrong_protocol_is_refused_by_its_value(wrong, says):
 
 
 def test_a_protocol_can_be_stamped():
-    assert dataclasses.asdict(EvalProtocol())["stop"] == ("\n", ".")
+    stamp = EvalProtocol(compat=("zsre_bos_answer",)).describe()
+    assert stamp["stop"] == ["\n", "."]
+    assert stamp["compat"] == ["zsre_bos_answer"]
+    assert stamp["judge"] is None
+    assert json.loads(json.dumps(stamp)) == stamp
+
+
+@pytest.mark.parametrize("extra", [{"rival": "w2"}, {"choices": ("w2", "w3")}])
+def test_rivals_and_choices_need_a_target(twins, extra):
+    with pytest.raises(ValueError, match="probe 'p' of kind 'locality' needs a target"):
+        rows_of(twins.lm, [Probe("p", 0, "locality", "w1", **extra)])
+
+
+def test_a_probe_has_no_score_that_it_has_no_data_for(twins):
+    asked = [
+        Probe("bare", 0, "reliability", "w1 is in", "w2"),
+        Probe("rival", 0, "reliability", "w1 is in", "w2", rival="w3", group="g"),
+        Probe("choices", 0, "locality", "w1 is in", "w2", choices=("w3", "w4")),
+    ]
+    bare, rival, local, gold = rows_of(twins.lm, asked)
+    base = ["token_accuracy", "sequence_accuracy", "generation", "nll"]
+    assert list(bare["scores"]) == list(local["scores"]) == base
+    assert list(rival["scores"]) == [*base, "pair", "pair_diff"]
+    assert list(gold["scores"]) == [*base, "choice", "choice_norm"]
+    assert (rival["rival"], rival["group"], bare["rival"], bare["group"]) == ("w3", "g", None, "")

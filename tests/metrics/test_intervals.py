@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from editkit.metrics import intervals
-from editkit.metrics.intervals import estimate
+from editkit.metrics.intervals import estimate, estimate_harmonic
 
 
 def test_the_value_is_the_mean_over_rows_not_over_edits():
@@ -92,3 +92,71 @@ def test_nan_is_left_out():
 def test_equal_scores_have_an_interval_of_no_width():
     found = estimate([1.0] * 20, list(range(20)))
     assert found["value"] == found["low"] == found["high"] == 1.0
+
+
+def parts_of(seed, edits=60, rows=(1, 2, 10)):
+    """Scores of three kinds whose success hangs together within an edit."""
+    draw = np.random.default_rng(seed)
+    ease = draw.random(edits)
+    made = []
+    for p, count in enumerate(rows):
+        ids = np.repeat(np.arange(edits), count)
+        values = (draw.random(len(ids)) < 0.3 + 0.6 * ease[ids] * (1 - 0.2 * p)).astype(float)
+        made.append((values.tolist(), ids.tolist()))
+    return made
+
+
+def test_the_harmonic_mean_is_that_of_the_means_over_rows():
+    parts = parts_of(0)
+    means = [np.mean(values) for values, _ in parts]
+    found = estimate_harmonic(parts)
+    assert found["value"] == pytest.approx(3 / sum(1 / m for m in means))
+    assert (found["n"], found["edits"]) == (60 * 13, 60)
+    assert found["low"] < found["value"] < found["high"]
+
+
+def test_the_interval_of_the_harmonic_mean_is_that_of_resampling_by_hand():
+    parts, draw, found = parts_of(1), np.random.default_rng(9), []
+    rows = [{i: np.array(values)[np.array(ids) == i] for i in range(60)} for values, ids in parts]
+    for _ in range(3000):
+        chosen = draw.integers(0, 60, size=60)
+        means = [np.concatenate([part[i] for i in chosen]).mean() for part in rows]
+        found.append(3 / sum(1 / m for m in means))
+    result = estimate_harmonic(parts)
+    width = result["high"] - result["low"]
+    assert result["low"] == pytest.approx(np.quantile(found, 0.025), abs=0.1 * width)
+    assert result["high"] == pytest.approx(np.quantile(found, 0.975), abs=0.1 * width)
+
+
+def test_of_one_part_the_harmonic_mean_is_the_mean():
+    (values, ids), *_ = parts_of(2)
+    first, second = estimate(values, ids), estimate_harmonic([(values, ids)])
+    width = first["high"] - first["low"]
+    assert second["value"] == pytest.approx(first["value"])
+    assert second["low"] == pytest.approx(first["low"], abs=0.1 * width)
+
+
+def test_lone_rows_are_clusters_of_their_own_in_each_part():
+    found = estimate_harmonic([([1.0, 0.0], [None, None]), ([1.0, 1.0], [3, None])])
+    assert found["edits"] == 4
+    assert found["value"] == pytest.approx(2 / (2 + 1))
+
+
+@pytest.mark.parametrize("parts", [[], [([1.0], [0]), ([], [])]])
+def test_without_rows_of_a_part_there_is_no_harmonic_mean(parts):
+    assert estimate_harmonic(parts)["value"] is None
+
+
+def test_a_mean_of_nothing_right_makes_the_harmonic_mean_nothing():
+    found = estimate_harmonic([([0.0, 0.0], [0, 1]), ([1.0, 1.0], [0, 1])])
+    assert (found["value"], found["low"], found["high"]) == (0.0, 0.0, 0.0)
+    one = estimate_harmonic([([1.0], [4]), ([0.5], [4])])
+    assert one["value"] == pytest.approx(2 / 3)
+    assert one["low"] is None
+
+
+def test_memory_of_the_harmonic_mean_is_bounded(monkeypatch):
+    parts = parts_of(3)
+    whole = estimate_harmonic(parts)
+    monkeypatch.setattr(intervals, "BATCH_ENTRIES", 600)
+    assert estimate_harmonic(parts) == pytest.approx(whole, abs=0.02)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from editkit.edits import Probe
-from editkit.lm.editable import EditableLM
+from editkit.lm.reading import Reading
 from editkit.metrics.evaluate import score_probes
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.references import References
@@ -16,16 +16,18 @@ PROTOCOL = EvalProtocol(max_new_tokens=12)
 
 @pytest.fixture
 def asked_unedited(twins, monkeypatch):
-    """Prompts that the model was asked with its edits switched off, in `generate`."""
+    """Prompts that the model answered with its edits switched off."""
     asked = []
-    generate = EditableLM.generate
+    decode = Reading.decode
 
-    def watch(lm, prompts, **kwargs):
-        if not all(layer.enabled for layer in lm.layers.values()):
-            asked.extend(prompts)
-        return generate(lm, prompts, **kwargs)
+    def watch(reading, *args):
+        tokens = reading.tokens
+        if not all(layer.enabled for layer in twins.lm.layers.values()):
+            for ids_T, mask_T in zip(tokens.ids_BT, tokens.prompt_BT, strict=True):
+                asked.append(twins.tokenizer.decode(ids_T[mask_T], skip_special_tokens=True))
+        return decode(reading, *args)
 
-    monkeypatch.setattr(EditableLM, "generate", watch)
+    monkeypatch.setattr(Reading, "decode", watch)
     return asked
 
 
@@ -33,10 +35,12 @@ def test_each_probe_is_asked_once_of_the_unedited_model(twins, probes, asked_une
     references = References()
     probes = [*probes, Probe("c", 0, "portability", "w1", "w2", conditions=(("w3", "w4"),))]
     first = score_probes(twins.lm, probes, references, PROTOCOL)
-    local = [p.prompt for p in probes if p.kind == "locality"]
-    assert sorted(asked_unedited) == sorted([*local, "w3"])
+    local = [p for p in probes if p.kind == "locality"]
+    blind = [p.prompt for p in local if p.target is None]  # then forced, on what was said
+    assert sorted(asked_unedited) == sorted(["w3", *blind, *(p.prompt for p in local)])
+    count = len(asked_unedited)
     assert score_probes(twins.lm, probes[::-1], references, PROTOCOL)
-    assert len(asked_unedited) == len(local) + 1
+    assert len(asked_unedited) == count
     assert score_probes(twins.lm, probes, references, PROTOCOL) == first
 
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from editkit.metrics.intervals import estimate
-from editkit.metrics.protocol import ROW_KINDS, SCORERS, EvalProtocol
+from editkit.metrics.protocol import HIT_SCORERS, ROW_KINDS, SCORERS, EvalProtocol
 from editkit.metrics.summary import RunFacts, by_age, summarise, write_json
 from editkit.metrics.tables import age_table, summary_table
 
@@ -83,6 +83,54 @@ def test_final_scores_axes_and_immediate_scores_are_estimates_over_their_rows(fi
         assert cell == estimate(*zip(*values(final, "portability", axis), strict=True))
     assert summary["immediate"]["reliability"]["generation"]["value"] == 1.0
     assert list(summary["immediate"]) == ["reliability"]
+
+
+def grouped(edit, name, wordings, kind="portability"):
+    """Rows of one question in several wordings, each right or wrong."""
+    rows = [make_row(edit, kind, "multi_hop", float(hit)) for hit in wordings]
+    return [row | {"group": name, "probe_id": f"{edit}{name}{i}"} for i, row in enumerate(rows)]
+
+
+def test_a_question_in_several_wordings_is_answered_where_one_of_them_is():
+    rows = [
+        *grouped(0, "a", (0, 1, 0)),
+        *grouped(0, "b", (0, 0, 0)),
+        *grouped(1, "a", (1, 1, 1)),  # of another edit: another question
+        *grouped(2, "a", (0, 0)),
+        make_row(2, "portability", "multi_hop", 1.0),
+    ]
+    summary = summarise(rows, [], FACTS, EvalProtocol())
+    cells = summary["scores"]["portability"]
+    for scorer in HIT_SCORERS:
+        assert cells[scorer] == estimate([1.0, 0.0, 1.0, 0.0, 1.0], [0, 0, 1, 2, 2])
+        assert summary["axes"]["portability"]["multi_hop"][scorer] == cells[scorer]
+    for scorer in set(SCORERS) - set(HIT_SCORERS):
+        assert cells[scorer]["n"] == len(rows)
+        assert cells[scorer]["value"] == pytest.approx(5 / 12)
+
+
+def test_the_score_of_counterfact_is_the_harmonic_mean_of_three():
+    draw = random.Random(1)
+    kinds = {"reliability": 1, "generalization": 2, "locality": 5, "locality_gold": 5}
+    rows = [
+        make_row(edit, kind, "", float(draw.random() < 0.7))
+        for edit in range(EDITS)
+        for kind, count in kinds.items()
+        for _ in range(count)
+    ]
+    for row in rows:
+        if row["kind"] == "locality":
+            del row["scores"]["pair"]  # judged against the unedited model, not against a target
+    summary = summarise(rows, [], FACTS, EvalProtocol())
+    means = [
+        mean(r["scores"]["pair"] for r in rows if r["kind"] == kind)
+        for kind in ("reliability", "generalization", "locality_gold")
+    ]
+    assert summary["score"]["value"] == pytest.approx(3 / sum(1 / m for m in means))
+    assert summary["score"]["low"] < summary["score"]["value"] < summary["score"]["high"]
+    assert "CounterFact score 0." in render(summary_table(summary))
+    without = [r for r in rows if r["kind"] != "generalization"]
+    assert summarise(without, [], FACTS, EvalProtocol())["score"] is None
 
 
 def test_a_summary_says_what_was_run_and_left_out(final):
