@@ -28,7 +28,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -234,3 +233,217 @@ def whole_states(case: Case) -> Tensor:
     """Return the bare prompts' values [D, E]."""
     path = case.sites[-1].path.split(f".{case.sites[-1].layer}.")[0]
     return at_subject(case, [""], f"{path}.{case.sites[-1].layer}", inputs=False)[:, 0].T
+
+
+def distance(found: list[Tensor], reference: list[Tensor]) -> float:
+    """Return the largest relative difference over edits and kinds."""
+    pairs = zip(found, reference, strict=True)
+    return max(float(((a - b).norm(dim=0) / b.norm(dim=0)).max()) for a, b in pairs)
+
+
+def ladder(case: Case, count: int, micro_batch: int) -> list[dict[str, Any]]:
+    """Switch the shortcuts on one after another and measure the search for values alone."""
+    edits, lines = case.edits[:count], []
+    reference: Tensor | None = None
+    for name, shortcuts, is_batched in LADDER:
+        groups = [edits] if is_batched else [[edit] for edit in edits]
+        took = Seconds()
+        with took:
+            parts = [
+                case.rows(group, shortcuts, micro_batch).find_values(case.search).z_DE
+                for group in groups
+            ]
+        z_DE = torch.cat(parts, dim=1)
+        reference = z_DE if reference is None else reference
+        missed = distance([z_DE], [reference])
+        lines.append(
+            {"name": name, "wall": took.wall / count, "cpu": took.cpu / count, "z": missed}
+        )
+    return lines
+
+
+def compare(case: Case, args: argparse.Namespace, mixed: bool) -> dict[str, Any]:
+    """Measure engine and released way on one case, and the engine in bf16-mixed if asked for."""
+    engine(replace_edits(case, 2), args.micro_batch)  # warm up; finds out the shortcuts
+    fast, found = engine(case, args.micro_batch)
+    slow, reference = released(case)
+    result: dict[str, Any] = {
+        "edits": len(case.edits), "layers": case.lm.causal_layers, "engine": fast,
+        "released": slow, "speedup": {k: slow[k] / fast[k] for k in slow},
+        "distance": distance(found, reference),
+    }  # fmt: skip
+    if mixed:
+        with torch.autocast("cpu", torch.bfloat16):
+            half, in_bf16 = engine(case, args.micro_batch)
+        cosine = torch.nn.functional.cosine_similarity(in_bf16[0], reference[0], dim=0)
+        result["bf16-mixed"] = {
+            "engine": half, "speedup": {k: slow[k] / half[k] for k in slow},
+            "least cosine of z": float(cosine.min()),
+        }  # fmt: skip
+    count = min(args.ladder_edits, len(case.edits))
+    result["ladder"] = ladder(case, count, args.micro_batch)
+    return result
+
+
+def replace_edits(case: Case, count: int) -> Case:
+    """Return the case with its first edits only."""
+    return replace(case, edits=case.edits[:count])
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def make_case(name: str, count: int, steps: int = 25) -> Case:
+    """Build a case by name: `factworld`, or `mid-size`, the random Llama of 12 blocks."""
+    lm, edits, prefixes = load_texts(count)
+    if name == "mid-size":
+        lm = random_llama(MID_SIZE, lm.tokenizer, "cpu", torch.float32)
+    attach(lm)
+    return Case(name, lm, edits, prefixes, ValueSearch(steps=steps))
+
+
+def memory_of(name: str, count: int, micro_batch: int) -> float:
+    """Return the MiB by which a search raises the peak memory of a fresh process."""
+    command = [sys.executable, __file__, "--peak", name, str(count), str(micro_batch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def print_peak(name: str, count: int, micro_batch: int) -> None:
+    """Search for two steps and print the MiB that it took beyond model and texts."""
+    case = make_case(name, count)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    case.rows(case.edits, Shortcuts(), micro_batch).find_values(ValueSearch(steps=2))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sys.stdout.write(f"{(after - before) / 1024}\n")
+
+
+def measure_cuda(count: int, micro_batch: int) -> dict[str, Any]:
+    """Measure the shape of Llama-3-8B in bf16 on the GPU, and its share of what matmuls reach."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    small, edits, prefixes = load_texts(count)
+    lm = random_llama(LLAMA_3_8B, small.tokenizer, "cuda", torch.bfloat16)
+    attach(lm)
+    case = Case("Llama-3-8B shape", lm, edits, prefixes, ValueSearch(lr=0.1))
+    engine(replace_edits(case, 2), micro_batch)
+    torch.cuda.reset_peak_memory_stats()
+    seconds, _ = engine(case, micro_batch)
+    with FlopCounterMode(display=False) as counter:
+        engine(case, micro_batch)
+    peak, rate = matmul_rate(), counter.get_total_flops() / (seconds["wall"] * count)
+    return {
+        "device": torch.cuda.get_device_name(), "edits": count, "seconds": seconds,
+        "FLOP/s": rate, "FLOP/s of matmuls": peak, "share": rate / peak,
+        "peak GiB": torch.cuda.max_memory_allocated() / 2**30,
+    }  # fmt: skip
+
+
+def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
+    """Return the FLOP/s of large bf16 matrix products on the GPU, which stands for its peak."""
+    left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    left @ left
+    took = Seconds()
+    with took:
+        for _ in range(repeats):
+            left @ left
+    return 2 * size**3 * repeats / took.wall
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Print one case as tables."""
+    table = Table(title=f"{name}: {result['edits']} edits, layers {result['layers']}, ms an edit")
+    for column in ("", "values", "keys, residuals", "both", "CPU", "times faster", "(CPU)"):
+        table.add_column(column, justify="left" if not column else "right")
+    ways = [("released way", result["released"], None), ("engine", result["engine"], result)]
+    if "bf16-mixed" in result:
+        half = result["bf16-mixed"]
+        ways.append((f"bf16-mixed, cosine {half['least cosine of z']:.4f}", half["engine"], half))
+    for label, seconds, gain in ways:
+        cells = [f"{1e3 * seconds[k]:.1f}" for k in ("values_wall", "keys_wall", "wall", "cpu")]
+        gains = [f"{gain['speedup'][k]:.1f}" if gain else "1" for k in ("wall", "cpu")]
+        table.add_row(label, *cells, *gains)
+    console.print(
+        table, f"largest relative difference of z, keys, residuals: {result['distance']:.1e}"
+    )
+    steps = Table(title=f"{name}: shortcuts one after another, values only, ms an edit")
+    for column in ("", "wall", "CPU", "times faster", "CPU saved of the released way", "z differs"):
+        steps.add_column(column, justify="left" if not column else "right")
+    lines = result["ladder"]
+    for before, line in zip([lines[0], *lines], lines, strict=False):
+        saved = (before["cpu"] - line["cpu"]) / lines[0]["cpu"]
+        steps.add_row(
+            line["name"], f"{1e3 * line['wall']:.1f}", f"{1e3 * line['cpu']:.1f}",
+            f"{lines[0]['wall'] / line['wall']:.1f}", f"{saved:.0%}", f"{line['z']:.0e}",
+        )  # fmt: skip
+    console.print(steps)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg(),
+        "bf16 on the CPU": has_bf16(),
+    }  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--edits", type=int, default=100, help="edits of the batch")
+    parser.add_argument("--steps", type=int, default=25, help="most forward passes an edit")
+    parser.add_argument("--micro-batch", type=int, default=50, help="edits that run together")
+    parser.add_argument(
+        "--ladder-edits", type=int, default=20, help="edits for the shortcuts' shares"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--only", choices=["factworld", "mid-size", "memory", "cuda"], nargs="+")
+    parser.add_argument("--quick", action="store_true", help="a smoke test on 3 edits")
+    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.quick:
+        args.edits, args.ladder_edits, args.steps = 3, 2, 4
+    return args
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print_peak(args.peak[0], int(args.peak[1]), int(args.peak[2]))
+        return
+    asked = args.only or ["factworld", "mid-size", "memory", "cuda"]
+    report: dict[str, Any] = {"before": machine(args.threads)}
+    for name in ("factworld", "mid-size"):
+        if name in asked:
+            mixed = name == "mid-size" and has_bf16()
+            report[name] = compare(make_case(name, args.edits, args.steps), args, mixed)
+            show(name, report[name])
+    if "memory" in asked:
+        sizes = [1, 2] if args.quick else [10, 25, 50]
+        count = max(args.edits, sizes[-1])
+        report["peak MiB"] = {n: memory_of("mid-size", count, n) for n in sizes}
+        console.print(
+            f"peak memory of a search over {count} edits by micro-batch, MiB:", report["peak MiB"]
+        )
+    if "cuda" in asked and torch.cuda.is_available():
+        report["cuda"] = measure_cuda(args.edits, args.micro_batch)
+        console.print(report["cuda"])
+    elif "cuda" in asked:
+        console.print("no CUDA device: the Llama-3-8B shape is left out")
+    report["after"] = machine(args.threads)
+    console.print(report["before"], report["after"])
+    if args.out is not None:
+        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

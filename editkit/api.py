@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, overload
@@ -12,6 +13,7 @@ from typing import Any, overload
 import torch
 
 from editkit.adapters.io import write_lines
+from editkit.data.conflicts import ConflictIndex
 from editkit.edits import Edit, Probe
 from editkit.export import export_model
 from editkit.lm.load import resolve_dtype
@@ -29,8 +31,10 @@ class EditedLM:
     """
 
     def __init__(self, method: EditModule) -> None:
-        method.start()
+        method.configure_model()
         self.method = method
+        self._made = ConflictIndex()
+        self._made_count = 0
 
     @property
     def lm(self) -> Any:
@@ -70,6 +74,9 @@ class EditedLM:
     def edit_batch(self, edits: list[Edit]) -> dict[str, float]:
         """Write several edits at once, as one step of the method.
 
+        An edit that repeats, contradicts or nearly repeats an earlier one is made all the same; a
+        warning names the earlier one.
+
         Raises:
             ValueError: If a text is empty or a subject is not in its prompt.
         """
@@ -80,7 +87,22 @@ class EditedLM:
                 raise ValueError(
                     f"subject {edit.subject!r} not found in prompt {edit.prompt!r} (edit {edit.id})"
                 )
+        self._warn_of_conflicts(edits)
         return self.method.apply_edits(edits)
+
+    def _warn_of_conflicts(self, edits: list[Edit]) -> None:
+        """Warn of edits at odds with the ledger or with each other."""
+        if self._made_count != len(self.ledger):  # loaded, an edit failed, or one was undone
+            self._made = ConflictIndex()
+            for entry in self.ledger:
+                if not (entry["undone"] or entry.get("rolled_back")):
+                    names = ("edit_id", "prompt", "target", "subject")
+                    self._made.add(Edit(*(entry[name] for name in names)))
+        for edit in edits:
+            if (conflict := self._made.find(edit)) is not None:
+                warnings.warn(str(conflict), stacklevel=4)
+            self._made.add(edit)
+        self._made_count = len(self.ledger) + len(edits)
 
     @overload
     def generate(
@@ -116,6 +138,7 @@ class EditedLM:
             UndoError: If the method cannot; the text says why.
         """
         self.method.undo_edit(edit_id)
+        self._made_count = -1
 
     def save(self, folder: str | Path) -> None:
         """Write the edits and the ledger; `editkit.load_edited` brings them back."""
@@ -184,8 +207,8 @@ def load_edited(
     method = load_edits(folder, lm, resolve_dtype(dtype, torch.float32), device, trust)
     ledger = folder / "edits.jsonl"
     if ledger.is_file():
-        lines = ledger.read_text(encoding="utf-8").splitlines()
-        method.ledger = [json.loads(line) for line in lines]
+        with ledger.open(encoding="utf-8") as file:
+            method.ledger = [json.loads(line) for line in file]
     return EditedLM(method)
 
 

@@ -11,13 +11,18 @@ import re
 import sys
 from argparse import ArgumentError
 
-from jsonargparse import CLI
+from jsonargparse import CLI, ArgumentParser
 
 from editkit import __version__, verbs
 
-VERBS = {"inspect": verbs.inspect, "generate": verbs.generate, "export": verbs.export}
-
-
+VERBS = {
+    "inspect": verbs.inspect,
+    "trace": verbs.trace,
+    "generate": verbs.generate,
+    "export": verbs.export,
+    "lm-eval": verbs.lm_eval,
+    "report": verbs.report,
+}
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the options of a verb
 
@@ -26,7 +31,10 @@ USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the opti
   predict    answer the probes' prompts with an edited model
   generate   answer a prompt with an edited model
   inspect    list a model's editable sites and propose layers
+  trace      show which layers and tokens carry facts, and propose layers to edit
   export     write an edited model as a plain Hugging Face folder
+  report     draw runs side by side in one HTML file
+  lm-eval    measure general ability by lm-evaluation-harness, before and after editing
 
 editkit --version shows the version; EDITKIT_TRACEBACK=1 the traceback behind an error.
 """
@@ -46,6 +54,16 @@ def plain(message: str) -> str:
     return "; ".join(line.strip() for line in message.splitlines() if line.strip())
 
 
+def run_report(args: list[str]) -> None:
+    """Run `report`, which takes any number of folders, one after another."""
+    about = (verbs.report.__doc__ or "").split("\n\n")[0]
+    parser = ArgumentParser(prog="editkit report", description=about)
+    what = "run folders; the first is the reference of the comparisons"
+    parser.add_argument("runs", nargs="+", type=str, help=what)
+    parser.add_function_arguments(verbs.report, skip={"runs"}, as_group=False)
+    verbs.report(**parser.parse_args(args).as_dict())
+
+
 def main(args: list[str] | None = None) -> int:
     """Run one verb and return its exit code; an error is one sentence on stderr."""
     given = sys.argv[1:] if args is None else args
@@ -58,6 +76,8 @@ def main(args: list[str] | None = None) -> int:
             raise ValueError(
                 f"no verb {given[0]!r}; there are {', '.join((*TRAINER_VERBS, *VERBS))}"
             )
+        elif given and given[0] == "report":
+            run_report(given[1:])
         elif given and given[0] in VERBS:
             CLI(VERBS[given[0]], args=given[1:], prog=f"editkit {given[0]}", as_positional=True)
         else:

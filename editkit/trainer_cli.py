@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,22 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
 
-from editkit.callbacks.folder import claim, keep_metrics, tidy
+from editkit.callbacks.ability import Ability
+from editkit.callbacks.canary import Canary
+from editkit.callbacks.conflicts import Conflicts
+from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, tidy
+from editkit.callbacks.logger import kept_in_wandb, wandb_loggers
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
 from editkit.callbacks.run_folder import RunFolder
 from editkit.data.base import EditDataModule
+from editkit.data.records import RecordModule
 from editkit.methods.base import EditModule
+from editkit.report.page import write_report
 
 # what editing needs of a Trainer; each can be set otherwise in YAML
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -47,9 +56,11 @@ class RunConfig(SaveConfigCallback):
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save once the fit has begun."""
+        """Save once the fit has begun, in W&B too where that is a logger."""
         if trainer.is_global_zero:
             self.save_config(trainer, pl_module, "fit")
+            for logger in wandb_loggers(trainer.loggers):
+                logger.begin(Path(trainer.default_root_dir))
 
 
 class EditCLI(LightningCLI):
@@ -59,6 +70,9 @@ class EditCLI(LightningCLI):
         """Add the callbacks every run has, under names of their own."""
         parser.add_lightning_class_args(Milestones, "milestones")
         parser.add_lightning_class_args(RunFolder, "run")
+        parser.add_lightning_class_args(Ability, "ability")
+        parser.add_lightning_class_args(Canary, "canary")
+        parser.add_lightning_class_args(Conflicts, "conflicts")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the Trainer a CSV logger, checkpoints and a bar where the config names none."""
@@ -89,11 +103,36 @@ class EditCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         with tidy(folder):
             self.datamodule.setup("fit")  # bad rows are told before anything is touched
+            tell(self.datamodule)
             if kwargs.get("ckpt_path") is None:
                 claim(folder, self._get(self.config_init, "run").overwrite)
             else:
                 keep_metrics(folder)
-            self.trainer.fit(model, **kwargs)
+            with kept_in_wandb(self.trainer.loggers, folder):
+                self.trainer.fit(model, **kwargs)
+                report(folder)
+
+
+@rank_zero_only
+def tell(data: EditDataModule) -> None:
+    """Show what came of a file or a Hub data set: rows in, used and refused, and what is asked."""
+    if isinstance(data, RecordModule):
+        Console().print(data.report)
+
+
+@rank_zero_only
+def report(folder: Path) -> None:
+    """Write `report.html` into a finished run's folder; where that fails, the results stay."""
+    if not (folder / SUMMARY).exists():
+        return
+    try:
+        path = write_report([folder])
+    except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError) as error:
+        sys.stderr.write(
+            f"editkit: no report.html ({error}); `editkit report {folder}` says more\n"
+        )
+    else:
+        Console().print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
 def run_trainer(args: list[str] | None) -> None:

@@ -90,7 +90,7 @@ def test_a_failed_edit_discards_its_scratch(lm):
 
 def test_wrong_methods_and_options_are_named(tiny):
     for options, match in [
-        ({"method": "foo"}, "no method 'foo'; there are ft, lora"),
+        ({"method": "foo"}, "no method 'foo'; there are alphaedit, .*ft, lora"),
         ({"method": "base"}, "holds no method"),
         ({"method": "json.JSONDecoder"}, "is not an EditModule"),
         ({"method": "nowhere.Foo"}, "no method class"),
@@ -123,3 +123,31 @@ def test_module_attributes_are_loaded_on_demand():
     assert editkit.EditedLM.__name__ == "EditedLM"
     with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
         _ = editkit.nowhere
+
+
+def test_an_edit_at_odds_with_the_ledger_is_made_with_a_warning(tiny, tmp_path):
+    lm = editkit.load(tiny("llama"), steps=1)
+    lm.edit("the capital of Alba is", "Oslo")
+    lm.edit("the capital of Bera is", "Lima")
+    with pytest.warns(UserWarning, match="edit 2 contradicts edit 0: .* before .* 'Oslo'"):
+        lm.edit("The capital of Alba is", "Rome")
+    with pytest.warns(UserWarning, match="edit 4 repeats edit 3"):
+        lm.edit_batch([Edit(3, "he works for", "Rome"), Edit(4, "he works for", "Rome")])
+    assert [e["edit_id"] for e in lm.ledger] == [0, 1, 2, 3, 4]
+    lm.save(tmp_path)
+    with pytest.warns(UserWarning, match="edit 5 contradicts edit 1"):
+        editkit.load_edited(tmp_path).edit("the capital of Bera is", "Bern")
+
+
+def test_an_edit_that_is_no_longer_there_is_no_conflict(tiny, recwarn):
+    lm = editkit.load(tiny("llama"), steps=1)
+    lm.edit("the capital of Alba is", "Oslo")
+    lm.ledger[0]["undone"] = True
+    lm._made_count = -1  # as `undo` does, which FT refuses
+    lm.edit("the capital of Alba is", "Rome")
+    with pytest.raises(ValueError, match="subject"):
+        lm.edit("he works for", "Rome", subject="Alba")
+    lm.ledger[1]["rolled_back"] = True
+    with pytest.raises(ValueError, match="edit 1 is not among the 1 made"):
+        lm.undo(1)
+    assert not [w for w in recwarn if "contradicts" in str(w.message)]

@@ -10,22 +10,43 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from editkit.adapters.routed import Route
 
-@dataclass
+
 class Scope:
     """What the layers of one model may know about the forward pass under way.
 
-    `prompt_BT` marks the prompt tokens of the rows (bool [B, T]); None while decoding or outside
-    a pass of `EditableLM`. One Scope is shared by all layers of a model.
+    One Scope is shared by all layers of a model. `routes` holds what routed layers decided at the
+    last prompt, which decoding goes on with.
     """
 
-    prompt_BT: Tensor | None = None
+    def __init__(self) -> None:
+        self.routes: dict[nn.Module, Route] = {}
+        self._prompt_BT: Tensor | None = None
+
+    @property
+    def prompt_BT(self) -> Tensor | None:
+        """Prompt tokens of the rows, bool [B, T]; None while decoding or outside `EditableLM`.
+
+        Setting it begins a new pass, in which the routes of the last one do not count.
+        """
+        return self._prompt_BT
+
+    @prompt_BT.setter
+    def prompt_BT(self, prompt_BT: Tensor | None) -> None:
+        self._prompt_BT = prompt_BT
+        if prompt_BT is not None:
+            self.routes = {}
+
+    def keep(self, rows: Tensor) -> None:
+        """Decode on with these rows only, in this order (int64 [B])."""
+        self.routes = {layer: route.at(rows) for layer, route in self.routes.items()}
 
 
 class EditLayer(nn.Module, ABC):
@@ -46,6 +67,7 @@ class EditLayer(nn.Module, ABC):
         self.enabled = True
         self.is_written = False
         self.moved = 0.0
+        self.writes = 0  # how often what a forward pass sees was written, committed or not
         self.scope = Scope()
         self._scratch: dict[str, Tensor] = {}
 
@@ -120,6 +142,7 @@ class EditLayer(nn.Module, ABC):
     def note_change(self, norm: float) -> None:
         """Record that a change of this Frobenius norm has been written."""
         self.moved = (self.moved**2 + norm**2) ** 0.5
+        self.writes += 1
         self.is_written = True
         self.changed()
 
@@ -147,17 +170,22 @@ class EditLayer(nn.Module, ABC):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept buffers that have grown since, then load as usual."""
-        own = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
-        for name, tensor in own:
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape != tensor.shape:
-                tensor.data = tensor.new_empty(saved.shape)
+        fit_to(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         found = [v for k, v in state_dict.items() if k.startswith(prefix) and "base_layer" not in k]
 
         if found:  # Lightning also loads state dicts that hold nothing of ours
             self.is_written = any(bool(v.any()) for v in found)
         self.changed()
+
+
+def fit_to(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give a module's own tensors the shapes they have in a state dict; their values are lost."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    for name, tensor in own:
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.shape != tensor.shape:
+            tensor.data = tensor.new_empty(saved.shape)
 
 
 def attach(model: nn.Module, path: str, make: Callable[[nn.Module], EditLayer]) -> EditLayer:

@@ -38,9 +38,18 @@ class DeltaLayer(EditLayer):
             self._copy = self.delta.detach().to(x.dtype)
         return y + F.linear(x, self._copy)
 
-    @torch.no_grad()
     def add(self, delta_DF: Tensor) -> None:
         """Commit a computed change at once.
+
+        Raises:
+            ValueError: If the shape is not [D, F] or a value is not finite.
+        """
+        self.stage(delta_DF)
+        self.commit()
+
+    @torch.no_grad()
+    def stage(self, delta_DF: Tensor) -> None:
+        """Add a computed change to the scratch, for `commit` to take over or `discard` to drop.
 
         Raises:
             ValueError: If the shape is not [D, F] or a value is not finite.
@@ -53,8 +62,9 @@ class DeltaLayer(EditLayer):
         norm = float(delta_DF.norm())
         if norm != norm or norm == float("inf"):
             raise ValueError(f"refusing to write a change of norm {norm}: the solve has diverged")
-        self.delta.add_(delta_DF.to(self.delta))
-        self.note_change(norm)
+        self.writes += 1
+        leaf = self._scratch.get("delta")
+        (self.open()["delta"] if leaf is None else leaf).add_(delta_DF.to(self.delta))
 
     def changed(self) -> None:
         """Drop the low-precision copy."""

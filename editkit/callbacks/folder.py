@@ -12,12 +12,13 @@ from zipfile import is_zipfile
 from lightning.pytorch.utilities import rank_zero_only
 
 PROBES, EDITS, SUMMARY = "probes.jsonl", "edits.jsonl", "summary.json"
-PREDICTIONS = "predictions.jsonl"
+PREDICTIONS, UNEDITED, REPORT = "predictions.jsonl", "unedited.jsonl", "report.html"
 
 
 LEFTOVERS = (
-    SUMMARY, PROBES, EDITS, PREDICTIONS, "config.yaml", "metrics*.csv", "adapter_config.json",
-    "adapter_model.safetensors", "checkpoints/*.ckpt",
+    "ability.jsonl", "conflicts.jsonl", "lm_eval.json",
+    SUMMARY, PROBES, EDITS, PREDICTIONS, UNEDITED, REPORT, "wandb_run.txt", "config.yaml",
+    "metrics*.csv", "adapter_config.json", "adapter_model.safetensors", "checkpoints/*.ckpt",
 )  # fmt: skip
 
 

@@ -10,6 +10,12 @@ from lightning.pytorch import Callback, Trainer
 from editkit.methods.base import EditModule
 
 
+def is_over(trainer: Trainer, pl_module: EditModule) -> bool:
+    """Whether the last edit of this run is made: of the stream, of `max_steps`, or by a stop."""
+    at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
+    return at_end or trainer.should_stop or 0 < trainer.max_steps <= trainer.global_step
+
+
 class Milestones(Callback):
     """Asks all probes of the applied edits at milestones, at increments' ends, and at the end.
 

@@ -14,7 +14,7 @@ import transformers
 from lightning.pytorch import Trainer
 
 import editkit
-from editkit.data.source import sha256_of
+from editkit.data.source import sha256_of, sha256_of_probes
 from editkit.lm.load import weight_hash
 from editkit.methods.base import EditModule
 
@@ -31,7 +31,9 @@ def stamp(trainer: Trainer, method: EditModule) -> dict[str, Any]:
         "dtype": str(next(method.lm.model.parameters()).dtype).removeprefix("torch."),
         "precision": str(trainer.precision),
         "data": type(data).__name__,
+        "data_sources": dict(data.sources),
         "data_sha256": sha256_of(data.edits),
+        "probes_sha256": sha256_of_probes(data.probes),
         "data_start": data.start,
         "data_order": data.order,
         "n_edits": len(data.edits),

@@ -1,12 +1,12 @@
 """The run folder: everything a run leaves behind, complete or not there at all.
 
 runs/<name>/  config.yaml  adapter_config.json  adapter_model.safetensors  edits.jsonl
-              probes.jsonl  summary.json  metrics.csv  checkpoints/last.ckpt
+              unedited.jsonl  probes.jsonl  summary.json  metrics.csv  checkpoints/last.ckpt
+              ability.jsonl  conflicts.jsonl (where there are any)
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,17 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import track
 
-from editkit.adapters.io import replacing, write_lines
-from editkit.callbacks.folder import EDITS, PREDICTIONS, PROBES, SUMMARY, claim
+from editkit.adapters.io import write_lines
+from editkit.callbacks.ability import Ability
+from editkit.callbacks.folder import EDITS, PREDICTIONS, PROBES, SUMMARY, UNEDITED, claim
+from editkit.callbacks.milestones import is_over
 from editkit.callbacks.protocol import peak_memory_bytes, stamp
+from editkit.callbacks.rows import append_rows, keep_rows, read_rows
 from editkit.methods.artefact import save_edits
 from editkit.methods.base import EditModule
 from editkit.metrics.evaluate import ProbeRow
-from editkit.metrics.perplexity import perplexity
 from editkit.metrics.summary import RunFacts, summarise, write_json
 from editkit.metrics.tables import age_table, summary_table
-
-
-def is_over(trainer: Trainer, pl_module: EditModule) -> bool:
-    """Whether the last edit of this run is made: of the stream, or of `max_steps`."""
-    at_end = pl_module.edits_seen >= len(trainer.datamodule.edits)
-    return at_end or 0 < trainer.max_steps <= trainer.global_step
 
 
 class RunFolder(Callback):
@@ -48,7 +44,6 @@ class RunFolder(Callback):
     def __init__(self, immediate: bool = True, overwrite: bool = False) -> None:
         self.immediate = immediate
         self.overwrite = overwrite
-        self.perplexity_before: float | None = None
         self.rows: list[ProbeRow] = []  # of the validation under way
         self.finished = False  # kept in checkpoints: Lightning runs nothing behind the last epoch
         self.asked_at = -1  # edits applied when all probes were asked last
@@ -56,8 +51,10 @@ class RunFolder(Callback):
         self.hits: list[float] = []  # immediate reliability, for the progress bar
 
     def setup(self, trainer: Trainer, pl_module: EditModule, stage: str) -> None:
-        """Learn where the folder is."""
+        """Learn where the folder is, and what each edit's fact is about."""
         self.folder = Path(trainer.default_root_dir)
+        self.ability = next((c for c in trainer.callbacks if isinstance(c, Ability)), Ability())
+        self.relations = {edit.id: edit.relation for edit in trainer.datamodule.edits}
 
     def on_fit_start(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Cut the rows back to where a resumed run goes on; ask the unedited model.
@@ -66,7 +63,7 @@ class RunFolder(Callback):
             ValueError: If a new run would write over another and `overwrite` is off, or the
                 checkpoint is of a finished run.
         """
-        resumed = pl_module.edits_seen > 0
+        resumed = bool(trainer.ckpt_path)
         if resumed and self.finished:
             raise ValueError(
                 f"the checkpoint is of a finished run of {pl_module.edits_seen} edits; begin a new "
@@ -74,21 +71,29 @@ class RunFolder(Callback):
             )
         if not resumed:
             claim(self.folder, self.overwrite)
-        self._keep_rows_up_to(pl_module.edits_seen)
-        texts = trainer.datamodule.texts
-        if texts and self.perplexity_before is None:
-            with pl_module.lm.unedited():
-                self.perplexity_before = perplexity(pl_module.lm, texts)
-        if self.immediate:  # all at once is several times faster than a few at each edit
-            probes, size = trainer.datamodule.probes, pl_module.evaluation.batch_size
-            starts = range(0, len(probes), size)
-            silent = trainer.progress_bar_callback is None
-            for i in track(starts, "asking the unedited model", disable=silent, transient=True):
-                pl_module.ask_unedited(probes[i : i + size])
+        self.rewind(pl_module.edits_seen)
+        self.ability.before(trainer, pl_module)
+        if not resumed:
+            self._ask_unedited(trainer, pl_module)
+
+    def _ask_unedited(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Write what the unedited model says to all probes, before the first edit.
+
+        All at once is several times faster than a few of them at each edit.
+        """
+        probes, size = trainer.datamodule.probes, trainer.datamodule.probes_per_batch
+        starts = range(0, len(probes), size)
+        silent = trainer.progress_bar_callback is None
+        rows: list[ProbeRow] = []
+        for i in track(starts, "asking the unedited model", disable=silent, transient=True):
+            rows += pl_module.score_unedited(probes[i : i + size])
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_lines(self.folder / UNEDITED, rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run cannot measure again."""
-        kept = ("perplexity_before", "hits", "finished")
+        kept = ("hits", "finished")
         return {name: getattr(self, name) for name in kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -106,7 +111,7 @@ class RunFolder(Callback):
         self._append(rows, "immediate", pl_module.edits_seen)
         scorer = pl_module.evaluation.scorers[0]
         told = [r for r in rows if r["kind"] == "reliability" and r["counted"]]
-        self.hits += [r["scores"][scorer] for r in told]
+        self.hits += [r["scores"][scorer] for r in told if scorer in r["scores"]]
         if self.hits:
             pl_module.log("immediate", sum(self.hits) / len(self.hits), prog_bar=True, batch_size=1)
 
@@ -151,13 +156,13 @@ class RunFolder(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Write what the run has found, then a last checkpoint."""
         if self.asked_at != pl_module.edits_seen:  # killed before its last validation, resumed
-            probes, size = trainer.datamodule.probes, pl_module.evaluation.batch_size
+            probes, size = trainer.datamodule.probes, trainer.datamodule.probes_per_batch
             starts = range(0, len(probes), size)
             self.rows = [r for i in starts for r in pl_module.score(probes[i : i + size])]
             self._append(self.rows, "final", pl_module.edits_seen)
         self._finish(trainer, pl_module)
         self.finished = pl_module.edits_seen >= len(trainer.datamodule.edits)
-        if self.finished and isinstance(trainer.checkpoint_callback, ModelCheckpoint):
+        if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
             # all ranks take part
             trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
 
@@ -174,18 +179,22 @@ class RunFolder(Callback):
         self, trainer: Trainer, pl_module: EditModule, immediate: list[ProbeRow]
     ) -> dict[str, Any]:
         """Build the summary from the last validation's rows."""
-        texts, ledger = trainer.datamodule.texts, pl_module.ledger
+        ledger = pl_module.ledger
+        after = self.ability.now(trainer, pl_module)
+        before = self.ability.unedited
         facts = RunFacts(
             method=type(pl_module).__name__,
             base=pl_module.spec.id,
             edits_seen=pl_module.edits_seen,
-            perplexity_before=self.perplexity_before,
-            perplexity_after=perplexity(pl_module.lm, texts) if texts else None,
+            perplexity_before=before["perplexity"] if before else None,
+            perplexity_after=after["perplexity"],
             seconds_per_edit=sum(e["seconds"] for e in ledger) / len(ledger) if ledger else None,
             peak_memory_bytes=peak_memory_bytes(pl_module.device),
         )
         summary = summarise(self.rows, immediate, facts, pl_module.evaluation)
         summary["protocol"] |= stamp(trainer, pl_module)
+        for callback in trainer.callbacks:
+            summary |= getattr(callback, "for_summary", dict)()
         return summary
 
     @rank_zero_only
@@ -196,34 +205,28 @@ class RunFolder(Callback):
         console.print(summary_table(summary))
         if len(summary["by_age"]) > 1:
             console.print(age_table(summary))
+        if said := summary.get("canary"):
+            console.print(said["message"], style="bold red", highlight=False)
         if (self.folder / SUMMARY).exists():
             console.print(f"run folder: {self.folder}", highlight=False)
 
-    @rank_zero_only
     def _append(self, rows: list[ProbeRow], moment: str, edits_seen: int) -> None:
         """Add rows to `probes.jsonl`, each with the moment it was scored at."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / PROBES).open("a", encoding="utf-8") as file:
-            for row in rows:
-                line = {"moment": moment, "edits_seen": edits_seen, **row}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        told = [
+            {
+                "moment": moment,
+                "edits_seen": edits_seen,
+                **row,
+                "relation": self.relations.get(row["edit_id"], ""),
+            }
+            for row in rows
+        ]
+        append_rows(self.folder / PROBES, told)
 
     def _read(self, moment: str) -> list[Any]:
         """Return the rows of a moment from `probes.jsonl`."""
-        path = self.folder / PROBES
-        if not path.exists():
-            return []
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [row for row in map(json.loads, lines) if row["moment"] == moment]
+        return [row for row in read_rows(self.folder / PROBES) if row["moment"] == moment]
 
-    @rank_zero_only
-    def _keep_rows_up_to(self, edits_seen: int) -> None:
-        """Drop rows that a killed run wrote after its last checkpoint, and a torn last line."""
-        path = self.folder / PROBES
-        if not path.exists():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["edits_seen"] <= edits_seen]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+    def rewind(self, edits_seen: int) -> None:
+        """Drop the rows of later edits: of a part after the checkpoint, or of edits taken back."""
+        keep_rows(self.folder / PROBES, edits_seen)

@@ -22,3 +22,16 @@ def target_nll(logits_NV: Tensor, ids_N: Tensor, rows_N: Tensor, n_rows: int) ->
     total_B = nll_N.new_zeros(n_rows).index_add(0, rows_N, nll_N)
     count_B = nll_N.new_zeros(n_rows).index_add(0, rows_N, nll_N.new_ones(nll_N.shape))
     return total_B / count_B
+
+
+def kl_from(start_BV: Tensor, logits_BV: Tensor) -> Tensor:
+    """KL(p || p_start) of each row's distribution from where it started, in nats, fp32 [B].
+
+    What holds the subject's essence in ROME's eq. 4.
+
+    Args:
+        start_BV: Log probabilities at the start.
+        logits_BV: Logits now.
+    """
+    now_BV = logits_BV.float().log_softmax(-1)
+    return (now_BV.exp() * (now_BV - start_BV)).sum(-1)

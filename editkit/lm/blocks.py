@@ -13,21 +13,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from editkit.lm.trace import hidden
+
 
 class _ReachedError(Exception):
     """Ends a forward pass once the wanted block is reached."""
 
 
 @contextmanager
-def capture_input(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the hidden states [B, T, H] that enter `block`, then end the forward pass."""
+def tap(module: nn.Module, inputs: bool = False, stop: bool = False) -> Iterator[list[Tensor]]:
+    """Collect what a module returns while the context is open, detached, one entry per call.
+
+    Args:
+        module: Module of a model that is run inside the context.
+        inputs: Collect its first input instead, before it runs.
+        stop: End the forward pass there.
+    """
     found: list[Tensor] = []
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args[0] if args else kwargs["hidden_states"]).detach())
-        raise _ReachedError
+        if stop:
+            raise _ReachedError
 
-    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    def behind(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        found.append(hidden(output).detach())
+        if stop:
+            raise _ReachedError
+
+    if inputs:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(behind)
     try:
         yield found
     except _ReachedError:
@@ -59,6 +76,23 @@ def bypass(blocks: list[nn.Module], hidden_BTH: Tensor, as_tuple: bool) -> Itera
 
 
 @contextmanager
+def only_at(module: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
+    """Run a token-wise module at the chosen positions only; elsewhere it gives zeros."""
+    run = module.forward
+
+    def chosen(x_BTH: Tensor) -> Tensor:
+        out_1NH = run(x_BTH[chosen_BT][None])
+        blank_BTH = out_1NH.new_zeros(*x_BTH.shape[:2], out_1NH.shape[-1])
+        return blank_BTH.masked_scatter(chosen_BT[..., None], out_1NH)
+
+    module.forward = chosen
+    try:
+        yield
+    finally:
+        del module.forward  # uncovers the class's own
+
+
+@contextmanager
 def select_head_rows(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
     """Let the LM head see only the chosen positions: logits come out as [1, N, V]."""
 
@@ -70,6 +104,32 @@ def select_head_rows(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def tokens_at(module: nn.Module, flat_N: Tensor, spread: bool) -> Iterator[None]:
+    """Run a token-wise module on chosen tokens only, without waiting for the device.
+
+    Args:
+        module: Module that takes and gives [B, T, .].
+        flat_N: The tokens, counted through all rows.
+        spread: Give [B, T, .] with zeros elsewhere, not [1, N, .].
+    """
+    run = module.forward
+
+    def chosen(x_BTH: Tensor) -> Tensor:
+        here_N = flat_N.to(x_BTH.device)
+        out_1NH = run(x_BTH.flatten(0, 1)[here_N][None])
+        if not spread:
+            return out_1NH
+        blank_BTH = out_1NH.new_zeros(*x_BTH.shape[:2], out_1NH.shape[-1])
+        return blank_BTH.flatten(0, 1).index_copy(0, here_N, out_1NH[0]).view_as(blank_BTH)
+
+    module.forward = chosen
+    try:
+        yield
+    finally:
+        del module.forward  # uncovers the class's own
 
 
 @contextmanager

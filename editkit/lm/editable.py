@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from editkit.adapters.base import EditLayer, Scope, attach, disabled, edit_layers
-from editkit.lm.blocks import bypass, capture_input, record_output_type, select_head_rows
-from editkit.lm.decode import decode_greedy
+from editkit.lm.blocks import bypass, record_output_type, select_head_rows, tap
 from editkit.lm.load import load_pretrained, resolve_dtype
+from editkit.lm.reading import decode_ids
 from editkit.lm.sites import (
     Site,
     find_blocks,
@@ -25,6 +25,9 @@ from editkit.lm.sites import (
 )
 from editkit.lm.spec import LMSpec
 from editkit.lm.tokens import Padding, TokenPolicy, Tokens
+
+if TYPE_CHECKING:
+    from editkit.lm.suffix import Shortcuts
 
 
 class EditableLM(nn.Module):
@@ -48,8 +51,11 @@ class EditableLM(nn.Module):
         self.scope = Scope()
         self.sites: list[Site] = find_sites(model)
         self.blocks: list[nn.Module] = list(find_blocks(model)[1])
-        self.ends: dict[tuple[str, ...], Tensor] = {}  # decoding: tokens that end a row, per stop
+        self.ends: dict[
+            tuple[str, ...], Tensor
+        ] = {}  # decoding: tokens with a stop, per stop tuple
         self._block_gives_tuple: bool | None = None
+        self.shortcuts: Shortcuts | None = None  # what passes can leave out, once it was tried
         for layer in [*(spec.causal_layers or []), spec.memory_layer]:
             if layer is not None:
                 self.site(layer)
@@ -139,7 +145,7 @@ class EditableLM(nn.Module):
     ) -> Tokens:
         """Encode rows onto the model's device; see `editkit.lm.tokens.TokenPolicy.encode`."""
         tokens = self.policy.encode(prompts, targets, subjects, padding, append_eos)
-        self._check_length(tokens)
+        self.check_length(tokens)
         return tokens.to(self.device)
 
     def forward(self, tokens: Tokens) -> Tensor:
@@ -160,13 +166,13 @@ class EditableLM(nn.Module):
             if above == 0 or hidden_BTH is None:
                 return self._call(tokens)[0].float()
             below = self.blocks[:above]
-            with bypass(below, hidden_BTH, self._returns_tuple(tokens)):
+            with bypass(below, hidden_BTH, self.block_gives_tuple):
                 return self._call(tokens)[0].float()
 
     @torch.no_grad()
     def hidden_before(self, layer: int, tokens: Tokens) -> Tensor:
         """Return the states [B, T, H] that enter block `layer`; the blocks above do not run."""
-        with capture_input(self.blocks[layer]) as found:
+        with tap(self.blocks[layer], inputs=True, stop=True) as found:
             self._call(tokens)
         return found[0]
 
@@ -191,7 +197,13 @@ class EditableLM(nn.Module):
             ValueError: If a prompt exceeds the model's positions.
         """
         tokens = prompts if isinstance(prompts, Tokens) else self.encode(prompts, padding="left")
-        return decode_greedy(self, tokens, max_new_tokens, stop)
+        rows = decode_ids(self, tokens, max_new_tokens, stop)
+        return self.texts(rows)
+
+    def texts(self, rows: list[list[int]]) -> list[str]:
+        """Turn new ids into text, without special tokens and the leading space."""
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.removeprefix(" ") for text in texts]
 
     @property
     def max_positions(self) -> int:
@@ -199,7 +211,18 @@ class EditableLM(nn.Module):
         limit = getattr(self.model.config, "max_position_embeddings", None)
         return int(limit) if limit else 2**31
 
-    def _check_length(self, tokens: Tokens) -> None:
+    @property
+    @torch.no_grad()
+    def block_gives_tuple(self) -> bool:
+        """Whether blocks return tuples here (transformers 4); found once by running one token."""
+        if self._block_gives_tuple is None:
+            block = self.blocks[0]
+            with record_output_type(block) as seen, tap(block, stop=True):
+                self._call(self.policy.pad([[0]], [[]], [-1]).to(self.device))
+            self._block_gives_tuple = seen[0]
+        return self._block_gives_tuple
+
+    def check_length(self, tokens: Tokens) -> None:
         """Refuse rows beyond the model's positions, in words rather than in a device assert."""
         longest = int(tokens.mask_BT.sum(1).max())
         if longest > self.max_positions:
@@ -222,12 +245,3 @@ class EditableLM(nn.Module):
             self.scope.prompt_BT = None
         logits: Tensor = out.logits
         return logits
-
-    @torch.no_grad()
-    def _returns_tuple(self, tokens: Tokens) -> bool:
-        """Whether blocks return tuples here; found once by running one row."""
-        if self._block_gives_tuple is None:
-            with record_output_type(self.blocks[0]) as seen, capture_input(self.blocks[1]):
-                self._call(tokens.rows(torch.zeros(1, dtype=torch.long, device=self.device)))
-            self._block_gives_tuple = seen[0]
-        return self._block_gives_tuple

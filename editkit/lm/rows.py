@@ -6,13 +6,18 @@ Legend: B rows, T tokens, H hidden width, N target tokens of all rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from editkit.functional.losses import target_nll
+from editkit.lm.blocks import only_at, tap
 from editkit.lm.editable import EditableLM
+from editkit.lm.sites import Site
 from editkit.lm.tokens import Tokens
+from editkit.lm.trace import change
 
 
 class TargetRows:
@@ -62,3 +67,90 @@ class TargetRows:
 
     def _tokens(self, heads: list[list[int]], tails: list[list[int]]) -> Tokens:
         return self.lm.policy.pad(heads, tails, [-1] * len(heads)).to(self.lm.device)
+
+
+class SiteRows:
+    """Prompts with targets, run once through all that lies below the output of one site.
+
+    What is added to a site's output changes neither the site's input nor anything below, so each
+    call of `losses` runs the blocks above only.
+
+    Args:
+        lm: Model to edit; its edits are out of the way while the rows are run.
+        site: Site whose output will change.
+        adds_up: What `adds_up` found; where false, the site's block runs in every call, too.
+        prompts: One text per row.
+        targets: Answer per row.
+        append_eos: Close each target with EOS.
+
+    Raises:
+        ValueError: As `EditableLM.encode` does.
+    """
+
+    def __init__(
+        self,
+        lm: EditableLM,
+        site: Site,
+        adds_up: bool,
+        prompts: list[str],
+        targets: list[str],
+        append_eos: bool = False,
+    ) -> None:
+        self.lm = lm
+        self.site = site
+        self.adds_up = adds_up
+        self.tokens = lm.encode(prompts, targets, append_eos=append_eos)
+        with lm.unedited():
+            self.inputs_BTF, self.hidden_BTH = run_to_site(lm, site, self.tokens)
+            if not adds_up:
+                self.hidden_BTH = lm.hidden_before(site.layer, self.tokens)
+
+    def losses(self, added_BTD: Tensor) -> Tensor:
+        """Return each row's mean target NLL, nats [B], with `added_BTD` added to the site's output.
+
+        Gradients reach `added_BTD`.
+        """
+        lm, tokens = self.lm, self.tokens
+        with ExitStack() as stack:
+            stack.enter_context(lm.unedited())
+            if self.adds_up:
+                above = self.site.layer + 1
+                hidden_BTH = self.hidden_BTH + added_BTD.to(self.hidden_BTH)
+            else:
+                above, hidden_BTH = self.site.layer, self.hidden_BTH
+                add = {self.site.path: lambda y_BTD: y_BTD + added_BTD.to(y_BTD)}
+                stack.enter_context(change(lm.model, add))
+            if above < len(lm.blocks):
+                for mlp in _last_mlp(lm):
+                    stack.enter_context(only_at(mlp, tokens.predicts_BT))
+            logits_NV = lm.target_logits(tokens, above, hidden_BTH)
+        return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
+
+
+def _last_mlp(lm: EditableLM) -> list[nn.Module]:
+    """Return the last block's MLP, of which only what predicts targets is used; none if unknown."""
+    downs = [s.path for s in lm.sites if s.layer == len(lm.blocks) - 1 and s.role == "mlp.down"]
+    return [lm.model.get_submodule(downs[0].rpartition(".")[0])] if len(downs) == 1 else []
+
+
+@torch.no_grad()
+def run_to_site(lm: EditableLM, site: Site, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Return the site's input [B, T, F] and its block's output [B, T, H]; nothing above runs."""
+    module = lm.model.get_submodule(site.path)
+    with tap(module, inputs=True) as inputs, tap(lm.blocks[site.layer], stop=True) as outputs:
+        lm.forward(tokens)
+    return inputs[0], outputs[0]
+
+
+@torch.no_grad()
+def adds_up(lm: EditableLM, site: Site) -> bool:
+    """Whether what is added to a site's output leaves its block as it was added.
+
+    So it is in every block that sums its parts; a norm behind the site (Gemma-2) prevents it.
+    """
+    tokens = lm.encode(["What is added up?"])
+    before_BTH = run_to_site(lm, site, tokens)[1].float()
+    added_BTH = before_BTH.roll(1, dims=-1)
+    with change(lm.model, {site.path: lambda y_BTD: y_BTD + added_BTH.to(y_BTD)}):
+        after_BTH = run_to_site(lm, site, tokens)[1].float()
+    return float((after_BTH - before_BTH - added_BTH).norm()) < 0.05 * float(added_BTH.norm())

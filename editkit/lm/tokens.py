@@ -153,13 +153,25 @@ class TokenPolicy:
         Raises:
             ValueError: If the subject does not occur in the prompt.
         """
+        return self.subject_indices([prompt], [subject])[0]
+
+    def subject_indices(self, prompts: list[str], subjects: list[str]) -> list[int]:
+        """Return `subject_index` of many prompts."""
+        heads = [self._up_to(p, s) for p, s in zip(prompts, subjects, strict=True)]
+        return [len(head) - 1 for head in self.ids(heads)]
+
+    def template_index(self, template: str, subject: str) -> int:
+        """Return the last token's index of a subject in a template's {}, spaces included (ROME)."""
+        return len(self.ids([template.partition("{}")[0] + subject])[0]) - 1
+
+    def _up_to(self, prompt: str, subject: str) -> str:
+        """Return the prompt's text up to its subject's end."""
         text = self.prompt_text(prompt)
         place = text.rfind(prompt.rstrip(" ")) if self.chat_template else 0
         start = prompt.rfind(subject)
         if start < 0 or place < 0:
             raise ValueError(f"subject {subject!r} not found in prompt {prompt!r}")
-        head = text[: place + start + len(subject.rstrip(" ") or subject)]
-        return len(self.ids([head])[0]) - 1
+        return text[: place + start + len(subject.rstrip(" ") or subject)]
 
     def encode(
         self,
@@ -185,7 +197,7 @@ class TokenPolicy:
         heads, tails = self.pieces(prompts, targets, append_eos)
         index = [-1] * len(prompts)
         if subjects is not None:
-            index = [self.subject_index(p, s) for p, s in zip(prompts, subjects, strict=True)]
+            index = self.subject_indices(prompts, subjects)
         return self.pad(heads, tails, index, padding)
 
     def pieces(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 
@@ -27,7 +27,7 @@ def save_edits(folder: Path, method: EditModule) -> None:
         spec["id"] = str(Path(method.spec.path).resolve())
     config = {
         "class_path": f"{cls.__module__}.{cls.__qualname__}",
-        "init_args": method.init_args(),
+        "init_args": {**method.init_args(), **method.found_args()},
         "lm": spec,
         "base": {"id": method.spec.id, "hash": weight_hash(method.spec)},
         "edits_seen": method.edits_seen,
@@ -61,9 +61,21 @@ def build_method(class_path: str, trust: bool = True, **arguments: Any) -> EditM
     if not (isinstance(cls, type) and issubclass(cls, EditModule)):
         raise ValueError(f"{class_path!r} is not an EditModule")
     try:
-        return cls(**arguments)
+        return cls(**_with_records(cls, arguments))
     except TypeError as error:
         raise ValueError(f"{class_path}: {error}") from error
+
+
+def _with_records(cls: type[EditModule], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Build the dataclasses that constructors ask for from the dicts that YAML and JSON hold."""
+    built = dict(arguments)
+    for base in cls.__mro__:
+        if issubclass(base, EditModule) and "__init__" in vars(base):
+            for name, hint in get_type_hints(base.__init__).items():
+                records = [t for t in (hint, *get_args(hint)) if is_dataclass(t)]
+                if records and isinstance(built.get(name), dict):
+                    built[name] = cast(Any, records[0])(**built[name])
+    return built
 
 
 def load_edits(

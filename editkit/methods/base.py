@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from typing import Any, final
 
@@ -97,6 +98,7 @@ class EditModule(StreamModule, ABC):
         self.configure_model()
         with torch.no_grad(), self.lm.unedited():
             self.prepare()
+        self.is_prepared = True
 
     @final
     def apply_edits(self, edits: list[Edit]) -> dict[str, float]:
@@ -109,6 +111,8 @@ class EditModule(StreamModule, ABC):
         Raises:
             ValueError: If an edit cannot be encoded or diverges; nothing is written then.
         """
+        if not self.is_prepared:  # outside a Trainer
+            self.start()
         started = time.perf_counter()
         before_B = self.edit_losses(edits)
         layers = self.lm.layers.values()
@@ -143,11 +147,13 @@ class EditModule(StreamModule, ABC):
         Raises:
             UndoError: If there is no such edit, it is undone already, or the method cannot.
         """
-        entry = next((e for e in self.ledger if e["edit_id"] == edit_id), None)
+        made = [e for e in self.ledger if not e.get("rolled_back")]
+        entry = next((e for e in made if e["edit_id"] == edit_id), None)
         if entry is None or entry["undone"]:
-            state = "was undone already" if entry else f"is not among the {len(self.ledger)} made"
+            state = "was undone already" if entry else f"is not among the {len(made)} made"
             raise UndoError(f"edit {edit_id} {state}; see edits.jsonl")
-        self.undo(edit_id)
+        with self._discard_on_error():
+            self.undo(edit_id)
         entry["undone"] = True
 
     @torch.no_grad()
@@ -163,13 +169,14 @@ class EditModule(StreamModule, ABC):
         return torch.cat(losses)
 
     def score(self, probes: list[Probe]) -> list[ProbeRow]:
-        """Score the probes whose edits are applied; one row per probe and kind."""
-        asked = [p for p in probes if p.edit_id is None or p.edit_id < self.edits_seen]
+        """Score the probes whose edits are applied and stand; one row per probe and kind."""
+        asked = [p for p in probes if p.is_due(self.edits_seen)]
         return score_probes(self.lm, asked, self.references, self.evaluation) if asked else []
 
-    def ask_unedited(self, probes: list[Probe]) -> None:
-        """Ask the unedited model what scoring these probes will need, and keep the answers."""
-        self.references.fill(self.lm, probes, self.evaluation, self.evaluation.batch_size)
+    def score_unedited(self, probes: list[Probe]) -> list[ProbeRow]:
+        """Score probes on the unedited model, and keep the answers that later scores need."""
+        with self.lm.unedited():
+            return score_probes(self.lm, probes, self.references, self.evaluation)
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor arguments that rebuild this method, as JSON has them.
@@ -193,12 +200,16 @@ class EditModule(StreamModule, ABC):
                     )
                 found[name] = getattr(self, name)
         try:
-            copy: dict[str, Any] = json.loads(json.dumps(found, default=str, allow_nan=False))
+            copy: dict[str, Any] = json.loads(json.dumps(found, default=_plain, allow_nan=False))
         except ValueError as error:
             raise ValueError(
                 f"an argument of {type(self).__name__} cannot be saved ({error}): {found}"
             ) from error
         return copy
+
+    def found_args(self) -> dict[str, Any]:
+        """Return arguments that were left open and that `prepare` has filled."""
+        return {}
 
     # private
 
@@ -217,3 +228,8 @@ class EditModule(StreamModule, ABC):
             for layer in self.lm.layers.values():
                 layer.discard()
             raise
+
+
+def _plain(value: object) -> object:
+    """Return what JSON can hold of a constructor argument: a record's fields, or its text."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

@@ -16,6 +16,7 @@ from editkit.edits import Edit, Probe
 from editkit.lm.editable import EditableLM
 from editkit.lm.load import weight_hash
 from editkit.lm.spec import LMSpec
+from editkit.methods.position import set_position
 from editkit.metrics.edit_score import EditScores
 from editkit.metrics.evaluate import ProbeRow
 from editkit.metrics.protocol import EvalProtocol
@@ -39,6 +40,7 @@ class StreamModule(L.LightningModule):
         self.evaluation = evaluation
         self.seed = seed
         self.generator = torch.Generator().manual_seed(seed)
+        self.is_prepared = False
         self.edits_seen = 0
         self.ledger: list[dict[str, Any]] = []
         self.references = References()
@@ -160,6 +162,10 @@ class StreamModule(L.LightningModule):
             "references": self.references.state_dict(),
             "stream": self.stream_state(),
         }
+        data = getattr(self.trainer, "datamodule", None)
+        place = checkpoint.get(type(data).__qualname__, {})
+        if "batches" in place and place["edits_applied"] < len(data.edits):
+            set_position(checkpoint, place["batches"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stream's state back.

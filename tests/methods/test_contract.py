@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +19,7 @@ from editkit.edits import Probe
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import build_method
 from editkit.methods.base import UndoError
+from editkit.methods.snapshot import restore_snapshot, take_snapshot
 from editkit.metrics.protocol import EvalProtocol
 
 ROOT = Path(__file__).parents[2]
@@ -28,17 +30,19 @@ pytestmark = pytest.mark.parametrize("path", YAMLS, ids=[p.stem for p in YAMLS])
 
 
 @pytest.fixture(params=["llama", "gpt2"])
-def make(request, tiny, path):
+def make(request, tiny, located, path):
     """Build the YAML's method on a tiny model."""
     config = yaml.safe_load(path.read_text())
     folder = tiny(request.param)
+    module, _, name = config["class_path"].rpartition(".")
+    fitting = located(getattr(importlib.import_module(module), name))
 
     def build(**overrides):
         return build_method(
             config["class_path"],
             lm=LMSpec(id=folder),
             evaluation=EvalProtocol(),
-            **{**config.get("init_args", {}), **overrides},
+            **{**config.get("init_args", {}), **fitting, **overrides},
         )
 
     return build
@@ -248,6 +252,20 @@ def test_undo_is_exact_or_refused_with_a_reason(make, edits):
     assert same_bits(state(lm.method), before) or torch.allclose(
         logits(lm.method), logits(fresh.method), atol=1e-5
     )
+
+
+def test_restored_to_a_commit_it_goes_on_as_if_nothing_had_been(make, edits):
+    one, other = edited(make, edits).method, edited(make, edits).method
+    kept = take_snapshot(one)
+    one.apply_edits(edits[3:])
+    restore_snapshot(one, kept)
+    assert same_bits(state(one), state(other))
+    for method in (one, other):
+        method.apply_edits(edits[3:])
+    assert same_bits(state(one), state(other))
+    assert torch.equal(one.generator.get_state(), other.generator.get_state())
+    timeless = [[{**e, "time": 0, "seconds": 0} for e in m.ledger] for m in (one, other)]
+    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])

@@ -1,0 +1,139 @@
+"""MaskKeys: the keys that open a memory, apart from what they open.
+
+Each key is a packed mask and belongs to an edit. The key of an edit's own prompt is a *slot*: its
+mask is also the set of columns that the edit writes. Further keys of the edit point to that slot.
+
+Legend: K keys, W 64-bit words of a mask, B rows asked about, A keys to add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from editkit.adapters.base import fit_to
+from editkit.functional.masks import best_match
+
+Tables = tuple[Tensor, ...]
+NAMES = ("bits_KW", "edit_K", "slot_K", "text_K")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a prompt becomes a mask and when a mask is answered.
+
+    Args:
+        tau: Share of the k ones that a prompt's mask must have in common with a stored one; none
+            calibrates it.
+        false_positives: Share of held-out unrelated prompts that a calibrated tau may let through.
+        background: Unrelated prompts whose mean fingerprint is the centre; 0 does not centre.
+        held_out: Further unrelated prompts, to calibrate tau on; 0 takes a tau above chance.
+        fingerprint: `mean` over the prompt's tokens, as published, or its `last` token alone.
+        selection: `tophash` as published; for ablations `topk` without the permutation, `hash` a
+            pseudo-random mask that depends on the prompt alone, `random` a new one at every look.
+        own_mask: For ablations: answer every prompt, through its own mask.
+    """
+
+    tau: float | None = None
+    false_positives: float = 0.01
+    background: int = 100
+    held_out: int = 1000
+    fingerprint: Literal["mean", "last"] = "mean"
+    selection: Literal["tophash", "topk", "hash", "random"] = "tophash"
+    own_mask: bool = False
+
+
+class MaskKeys(nn.Module):
+    """Packed masks with the edit, the slot and the text that each stands for.
+
+    Texts are known by a hash, so that a prompt edited again is found whatever rounding does to its
+    mask. Tables are replaced and never written in place: an old set of them stays what it was.
+
+    Args:
+        words: 64-bit words W of a mask.
+        device: Where to keep them.
+    """
+
+    bits_KW: Tensor
+    edit_K: Tensor
+    slot_K: Tensor
+    text_K: Tensor
+
+    def __init__(self, words: int, device: torch.device) -> None:
+        super().__init__()
+        empty = torch.zeros(0, dtype=torch.long, device=device)
+        self.register_buffer("bits_KW", empty.new_zeros(0, words))
+        for name in NAMES[1:]:
+            self.register_buffer(name, empty.clone())
+
+    def __len__(self) -> int:
+        return len(self.bits_KW)
+
+    @property
+    def tables(self) -> Tables:
+        """The four tables as they are; setting them goes back to those."""
+        return tuple(getattr(self, name) for name in NAMES)
+
+    @tables.setter
+    def tables(self, tables: Tables) -> None:
+        for name, table in zip(NAMES, tables, strict=True):
+            setattr(self, name, table)
+
+    def match(self, queries_BW: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the best key's index and the ones it shares, int64 [B]; there must be a key."""
+        return best_match(queries_BW, self.bits_KW)
+
+    def slot_of(self, text: int) -> int | None:
+        """Return the slot of the prompt with this text hash; None where it was never edited."""
+        found = ((self.text_K == text) & self._is_slot).nonzero()[:, 0].tolist()
+        return int(found[0]) if found else None
+
+    def add_slot(self, bits_W: Tensor, edit_id: int, text: int) -> None:
+        """Let a prompt belong to an edit: as a new slot, or in place where the prompt has one."""
+        slot = self.slot_of(text)
+        if slot is not None:
+            self.edit_K = self.edit_K.masked_fill(self.slot_K == slot, edit_id)
+            return
+        self._keep(self.text_K != text)  # no longer another wording of an older edit
+        self._append(bits_W[None], edit_id, len(self), [text])
+
+    def add_wordings(self, bits_AW: Tensor, edit_id: int, texts: list[int]) -> None:
+        """Let further wordings open the slot of an edit; wordings that are slots stay those."""
+        slot = int(self.slot_K[self.edit_K == edit_id][0])
+        free = [i for i, text in enumerate(texts) if self.slot_of(text) is None]
+        named = self.text_K.new_tensor([texts[i] for i in free])
+        self._keep(self._is_slot | ~torch.isin(self.text_K, named))
+        slot = int(self.slot_K[self.edit_K == edit_id][0])
+        self._append(bits_AW[free], edit_id, slot, [texts[i] for i in free])
+
+    def drop(self, edit_id: int) -> None:
+        """Forget all keys of an edit."""
+        self._keep(self.edit_K != edit_id)
+
+    @property
+    def _is_slot(self) -> Tensor:
+        return self.slot_K == torch.arange(len(self), device=self.slot_K.device)
+
+    def _append(self, bits_AW: Tensor, edit_id: int, slot: int, texts: list[int]) -> None:
+        added = (
+            bits_AW,
+            self.edit_K.new_full((len(texts),), edit_id),
+            self.slot_K.new_full((len(texts),), slot),
+            self.text_K.new_tensor(texts),
+        )
+        self.tables = tuple(torch.cat(pair) for pair in zip(self.tables, added, strict=True))
+
+    def _keep(self, kept_K: Tensor) -> None:
+        """Drop the other keys; a slot that stays is known by its new index."""
+        index_K = kept_K.cumsum(0) - 1
+        tables = [table[kept_K] for table in self.tables]
+        tables[2] = index_K[tables[2]]
+        self.tables = tuple(tables)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept tables that have grown since."""
+        fit_to(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,91 @@
+"""RoutedLayer: a memory that answers some prompts and leaves all others alone, bit for bit.
+
+Which slot of the memory answers a row is decided once, from the tokens of its prompt, and held
+while the row decodes. An answer that is forced on the model has no say in it, nor have padding
+and batch-mates.
+
+Outside `EditableLM` (the Hugging Face model called by itself) nobody says which tokens are prompt:
+a pass of several tokens is taken for prompt from end to end, padding included; a pass of one token
+continues the last prompt where that had as many rows, and is a prompt of its own otherwise.
+
+Legend: D layer output, F layer input, B rows, R rows that the memory answers, T tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from editkit.adapters.base import EditLayer
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a routed layer decided for the rows of a pass.
+
+    Args:
+        slot_B: Slot of the memory that answers each row, int64; -1 leaves the row to the base.
+        match_B: How well that slot, or the best one that was not good enough, fits; fp32.
+        gate_BF: Layer inputs that the memory reads in each row, bool; None reads all.
+        rows_R: Rows that a slot answers, found from `slot_B`.
+    """
+
+    slot_B: Tensor
+    match_B: Tensor
+    gate_BF: Tensor | None
+    rows_R: Tensor
+
+    @classmethod
+    def of(cls, slot_B: Tensor, match_B: Tensor, gate_BF: Tensor | None = None) -> Route:
+        """Make a route, finding its rows once: on a GPU that is a sync which decoding spares."""
+        return cls(slot_B, match_B, gate_BF, (slot_B >= 0).nonzero()[:, 0])
+
+    def at(self, rows: Tensor) -> Route:
+        """Return the route of some rows (int64), in their order."""
+        gate_BF = None if self.gate_BF is None else self.gate_BF[rows]
+        return Route.of(self.slot_B[rows], self.match_B[rows], gate_BF)
+
+
+class RoutedLayer(EditLayer):
+    """An edit layer that answers row by row; rows without a slot keep the base's own bits.
+
+    Args:
+        base_layer: The linear layer to wrap.
+    """
+
+    @abstractmethod
+    def route(self, x_BTF: Tensor, prompt_BT: Tensor) -> Route:
+        """Decide each row's slot from the layer's input at its prompt tokens alone."""
+
+    @abstractmethod
+    def recall(self, x_RTF: Tensor, route: Route) -> Tensor:
+        """Return what the slots add to the base's output [R, T, D]; every row has a slot."""
+
+    def edited(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y with the rows that have a slot changed, [B, T, D]."""
+        route = self._current_route(x)
+        if len(route.rows_R) == 0:
+            return y
+        if len(route.rows_R) == len(x):
+            return y + self.recall(x, route).to(y.dtype)
+        added_RTD = self.recall(x[route.rows_R], route.at(route.rows_R))
+        return y.index_add(0, route.rows_R, added_RTD.to(y.dtype))
+
+    def _current_route(self, x: Tensor) -> Route:
+        """Route a prompt; hold on to the last route while decoding."""
+        if x.ndim != 3:
+            raise ValueError(
+                f"{type(self).__name__} got an input of shape {tuple(x.shape)}; it routes rows of "
+                "tokens and needs [rows, tokens, features]: choose another site"
+            )
+        prompt_BT = self.scope.prompt_BT
+        if prompt_BT is None:
+            held = self.scope.routes.get(self)
+            if held is not None and x.shape[1] == 1 and len(held.slot_B) == len(x):
+                return held
+            prompt_BT = x.new_ones(x.shape[:2]).bool()
+        route = self.route(x, prompt_BT)
+        self.scope.routes[self] = route
+        return route

@@ -1,0 +1,1 @@
+"""General ability by lm-evaluation-harness: any of its tasks, before and after editing."""

@@ -1,0 +1,208 @@
+"""MemoryEdit: the family of methods that keep edits in a routed memory at one site.
+
+It shares the site, the prefixes behind which edits are trained, and the account of where prompts
+are routed: a scored row says which edit answered it, and every validation logs four rates.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from editkit.adapters.routed import RoutedLayer
+from editkit.edits import Edit, Probe
+from editkit.lm.blocks import tap
+from editkit.lm.corpus import PACKAGED, read_corpus
+from editkit.lm.decode import Ends
+from editkit.lm.editable import EditableLM
+from editkit.lm.reading import Reading
+from editkit.lm.rows import SiteRows, adds_up
+from editkit.methods.base import EditModule
+from editkit.metrics.evaluate import ProbeRow
+
+STARTS = ("I", "You", "Because", "Yes", "Q:")
+LENGTHS = (5, 10)
+SHORTEST, LONGEST = 6, 32  # words of an unrelated text, its last one included
+WRITTEN_AT_ONCE = 64
+
+
+class Answerer(NamedTuple):
+    """Which edit answers a prompt; None for the unedited model. `match` is the best fit found."""
+
+    edit_id: int | None
+    match: float
+
+
+class MemoryEdit(EditModule):
+    """Base class of the family.
+
+    Args:
+        layer: Block to edit; none takes the model's memory layer.
+        prefixes: Texts in front of an edit's prompt, each a further row to train on; none lets the
+            model write ten.
+        append_eos: Train the end of the text behind each target.
+    """
+
+    memory: RoutedLayer
+
+    def __init__(
+        self,
+        layer: int | None = None,
+        prefixes: list[str] | None = None,
+        append_eos: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layer = layer
+        self.prefixes = prefixes
+        self.append_eos = append_eos
+        self.contexts: list[str] | None = prefixes
+        self.asked: list[ProbeRow] = []  # of the validation under way
+
+    @abstractmethod
+    def make_memory(self, base_layer: nn.Module) -> RoutedLayer:
+        """Build the memory around the site's layer."""
+
+    @abstractmethod
+    def owners(self, slot_B: Tensor) -> list[int | None]:
+        """Return the edit that owns each slot of the memory; None for slot -1."""
+
+    def attach(self) -> None:
+        """Wrap the down-projection of the block."""
+        block = self.lm.memory_layer if self.layer is None else self.layer
+        self.site = self.lm.site(block)
+        self.memory = self.lm.attach(self.site.path, self.make_memory)
+
+    def prepare(self) -> None:
+        """Let the unedited model write the prefixes, where none are given."""
+        self.adds_up = adds_up(self.lm, self.site)
+        if self.contexts is None:
+            found = [written(self.lm, STARTS, length, self.generator) for length in LENGTHS]
+            self.contexts = [text for texts in found for text in texts]
+
+    def found_args(self) -> dict[str, Any]:
+        """Return the prefixes that the model wrote."""
+        return {"prefixes": self.contexts}
+
+    @torch.no_grad()
+    def inputs(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the site's inputs [B, T, F] and the prompt tokens [B, T], batch by batch."""
+        size = self.evaluation.batch_size
+        for start in range(0, len(prompts), size):
+            tokens = self.lm.encode(list(prompts[start : start + size]))
+            with tap(self.memory, inputs=True, stop=True) as found:
+                self.lm.forward(tokens)
+            yield found[0], tokens.prompt_BT
+
+    def routes(self, prompts: Sequence[str]) -> list[Answerer]:
+        """Return who answers each prompt, whether its answer is forced or free."""
+        found = []
+        for pair in self.inputs(prompts):
+            route = self.memory.route(*pair)
+            owners = self.owners(route.slot_B)
+            found += map(Answerer, owners, route.match_B.tolist())
+        return found
+
+    def rows(self, edits: list[Edit]) -> SiteRows:
+        """Return the rows that edits train on: each behind nothing and behind every prefix."""
+        fronts = ["", *(f"{context} " for context in self.contexts or [])]
+        return SiteRows(
+            self.lm,
+            self.site,
+            self.adds_up,
+            [front + edit.prompt for edit in edits for front in fronts],
+            [edit.target for edit in edits for _ in fronts],
+            self.append_eos,
+        )
+
+    def score(self, probes: list[Probe]) -> list[ProbeRow]:
+        """Score probes as every method does, and note in each row who answered it."""
+        rows = super().score(probes)
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+        who = dict(zip(prompts, self.routes(prompts), strict=True))
+        return [{**row, "route": who[row["prompt"]]._asdict()} for row in rows]
+
+    def stream_state(self) -> dict[str, Any]:
+        """Return the prefixes."""
+        return {"contexts": self.contexts}
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take the prefixes back."""
+        self.contexts = state["contexts"]
+
+    def on_validation_batch_end(self, outputs: dict[str, Any], *args: Any) -> None:
+        """Collect the rows of a validation."""
+        self.asked += outputs["rows"]
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores, and where the probes were routed."""
+        super().on_validation_epoch_end()
+        self.log_dict({f"routing/{name}": rate for name, rate in routing_rates(self.asked).items()})
+        self.asked = []
+
+    on_test_epoch_end = on_validation_epoch_end
+
+
+def routing_rates(rows: Iterable[Any]) -> dict[str, float]:
+    """Return how often prompts were routed right and wrong; kinds that were not asked are left out.
+
+    `self_match`: edited prompts answered by their own edit. `rejected`, `wrong_route`: other
+    wordings of them answered by the unedited model, by another edit. `false_activations`: prompts
+    that an edit should leave alone and some edit answers.
+    """
+    own: dict[str, list[bool]] = {}
+    for row in rows:
+        answerer, kind = row["route"]["edit_id"], row["kind"]
+        if kind == "reliability":
+            own.setdefault("self_match", []).append(answerer == row["edit_id"])
+        elif kind == "generalization":
+            own.setdefault("rejected", []).append(answerer is None)
+            own.setdefault("wrong_route", []).append(answerer not in (None, row["edit_id"]))
+        elif kind == "locality":
+            own.setdefault("false_activations", []).append(answerer is not None)
+    return {name: sum(hits) / len(hits) for name, hits in own.items()}
+
+
+def written(
+    lm: EditableLM, starts: Sequence[str], length: int, generator: torch.Generator
+) -> list[str]:
+    """Let a model write on from each start, sampling among its five likeliest tokens."""
+    reading = Reading(lm, lm.encode(list(starts)))
+    shape = len(starts), length
+    draws_BN = torch.rand(shape, generator=generator, dtype=torch.float32).to(lm.device)
+    rows = reading.decode(Ends.of(lm, reading.tokens, length, 1, ()), draws_BN)
+    return [f"{start} {text}" for start, text in zip(starts, lm.texts(rows), strict=True)]
+
+
+def unrelated_prompts(lm: EditableLM, source: str | None, count: int, seed: int) -> list[str]:
+    """Return openings of texts, which end as prompts do: in front of a word.
+
+    Args:
+        lm: Base model, unedited.
+        source: Corpus of the texts; None takes the base model's own `corpus.txt`, and where it has
+            none, what the model writes itself.
+        count: Prompts at most.
+        seed: Seed of the choice of texts, of their order, and of where they are cut.
+
+    Raises:
+        ValueError: If the corpus has no text to read.
+    """
+    rng = Random(seed)
+    if source is not None or (Path(lm.spec.path) / PACKAGED).is_file():
+        texts = read_corpus(source, count, lm.spec, seed).texts
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        starts = [STARTS[i % len(STARTS)] for i in range(count)]
+        parts = [starts[i : i + WRITTEN_AT_ONCE] for i in range(0, count, WRITTEN_AT_ONCE)]
+        texts = [text for part in parts for text in written(lm, part, LONGEST, generator)]
+    rng.shuffle(texts)
+    opened = [" ".join(text.split()[: rng.randint(SHORTEST, LONGEST)][:-1]) for text in texts]
+    return [text for text in opened if text and len(lm.policy.ids([text])[0]) <= lm.max_positions]
