@@ -89,7 +89,8 @@ def descend(
 
 def _clipped(grad: Tensor, norm: float) -> Tensor:
     """Scale a gradient down to a norm, as `torch.nn.utils.clip_grad_norm_` does."""
-    return grad * (norm / (grad.norm() + 1e-6)).clamp_max(1.0)
+    clipped: Tensor = grad * (norm / (grad.norm() + 1e-6)).clamp_max(1.0)
+    return clipped
 
 
 class RowLoss(Protocol):
@@ -152,11 +153,12 @@ def descend_rows(
         is_last = step == steps - 1
         with torch.set_grad_enabled(not is_last):
             loss_B, done_B = loss(leaf)
-        finite, done = torch.stack([loss_B.detach().isfinite(), done_B]).tolist()
+        value_B = loss_B.detach()
+        finite, done = torch.stack([value_B.isfinite(), done_B]).tolist()
         if not all(finite):
             bad = finite.index(False)
             raise ValueError(
-                f"the loss of {name(rows[bad])} became {float(loss_B[bad])} at step {step} "
+                f"the loss of {name(rows[bad])} became {float(value_B[bad])} at step {step} "
                 f"(lr {lr}); lower the learning rate or use a wider precision"
             )
         calls_B[rows] = step + 1

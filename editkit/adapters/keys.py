@@ -32,8 +32,11 @@ class Routing:
         background: Unrelated prompts whose mean fingerprint is the centre; 0 does not centre.
         held_out: Further unrelated prompts, to calibrate tau on; 0 takes a tau above chance.
         fingerprint: `mean` over the prompt's tokens, as published, or its `last` token alone.
-        selection: `tophash` as published; for ablations `topk` without the permutation, `hash` a
-            pseudo-random mask that depends on the prompt alone, `random` a new one at every look.
+        mask: `top` marks a fingerprint's largest magnitudes, as published; for ablations `hash` is
+            pseudo-random and the same for the same prompt only, `random` new at every look.
+        columns: Columns that a mask opens: `permuted` by a fixed permutation, as published;
+            `drawn` as many by a hash of the mask, so that edits with like masks share no more of
+            them than any two; for ablations the `same` places as the mask's.
         own_mask: For ablations: answer every prompt, through its own mask.
     """
 
@@ -42,8 +45,28 @@ class Routing:
     background: int = 100
     held_out: int = 1000
     fingerprint: Literal["mean", "last"] = "mean"
-    selection: Literal["tophash", "topk", "hash", "random"] = "tophash"
+    mask: Literal["top", "hash", "random"] = "top"
+    columns: Literal["permuted", "drawn", "same"] = "permuted"
     own_mask: bool = False
+
+    def __post_init__(self) -> None:
+        """Check user input."""
+        for name, known in (
+            ("fingerprint", ("mean", "last")),
+            ("mask", ("top", "hash", "random")),
+            ("columns", ("permuted", "drawn", "same")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"routing.{name} is {getattr(self, name)!r}; use one of {known}")
+        if self.tau is not None and not 0 <= self.tau <= 1:
+            raise ValueError(f"routing.tau is {self.tau}; it is a share of k, from 0 to 1")
+        if not 0 <= self.false_positives < 1:
+            raise ValueError(f"routing.false_positives is {self.false_positives}; use 0 to 1")
+        if min(self.background, self.held_out) < 0:
+            raise ValueError(
+                f"routing.background is {self.background}, held_out is {self.held_out}; numbers of "
+                "prompts are not negative"
+            )
 
 
 class MaskKeys(nn.Module):

@@ -32,6 +32,7 @@ from editkit.functional.masks import (
     unpack,
 )
 
+HASHED = 16  # largest magnitudes that an ablation's hash is made of: rounding hardly moves them
 SLACK = 0.01  # overlaps are compared in whole ones, so that rounding of tau * k moves nothing
 
 
@@ -75,8 +76,6 @@ class ResidualMemory(RoutedLayer):
         self.routing = routing
         self.generator = generator
         order_F = torch.randperm(width, generator=generator)
-        if routing.selection == "topk":
-            order_F = torch.arange(width)
         words = pack(order_F[None] < 0).shape[1]
         start = chance_threshold(k, width) if routing.tau is None else routing.tau
         self.keys = MaskKeys(words, device)
@@ -104,11 +103,11 @@ class ResidualMemory(RoutedLayer):
     def masks(self, x_BTF: Tensor, prompt_BT: Tensor) -> Tensor:
         """Return each row's mask as routing compares it, packed [B, W]."""
         centred_BF = self.fingerprint(x_BTF, prompt_BT) - self.mean_F
-        if self.routing.selection == "random":
+        if self.routing.mask == "random":
             rows, width = centred_BF.shape
             mask_BF = scattered(rows, width, self.k, self.generator).to(centred_BF.device)
-        elif self.routing.selection == "hash":
-            mask_BF = hashed(centred_BF, self.k)
+        elif self.routing.mask == "hash":
+            mask_BF = hashed(largest(centred_BF, min(HASHED, self.k)), self.k)
         else:
             mask_BF = largest(centred_BF, self.k)
         return pack(mask_BF)
@@ -135,8 +134,12 @@ class ResidualMemory(RoutedLayer):
         return Route(slot_B, match_B, gate_BF, route.rows_R)
 
     def gates(self, bits_BW: Tensor) -> Tensor:
-        """Return the columns that packed masks open, bool [B, F]: bit j opens column π(j)."""
+        """Return the columns that packed masks open, bool [B, F]; with π, bit j opens π(j)."""
         mask_BF = unpack(bits_BW, self.shape_oi[1])
+        if self.routing.columns == "same":
+            return mask_BF
+        if self.routing.columns == "drawn":
+            return hashed(mask_BF, self.k)
         index_BF = self.permutation_F.expand_as(mask_BF)
         return torch.zeros_like(mask_BF).scatter_(1, index_BF, mask_BF)
 
@@ -218,10 +221,11 @@ class ResidualMemory(RoutedLayer):
         """
         if len(self.quiet_NW) == 0 or len(self.keys) == 0:
             return 0.0 if len(self.quiet_NW) else float("nan")
-        is_known = self._shared_N is not None and added_AW is not None
-        shared_N = best_match(self.quiet_NW, added_AW if is_known else self.keys.bits_KW)[1]
-        if is_known:
-            shared_N = torch.maximum(shared_N, self._shared_N)
+        known_N = None if added_AW is None else self._shared_N
+        asked_AW = self.keys.bits_KW if known_N is None or added_AW is None else added_AW
+        shared_N = best_match(self.quiet_NW, asked_AW)[1]
+        if known_N is not None:
+            shared_N = torch.maximum(shared_N, known_N)
         self._shared_N = shared_N
         if self.routing.tau is None:
             rate = self.routing.false_positives

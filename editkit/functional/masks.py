@@ -19,7 +19,6 @@ CPU_WORDS, DEVICE_WORDS = 1 << 15, 1 << 25
 PAIRS, NIBBLES, BYTES = 0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F
 ONES = 0x0101010101010101
 
-HASHED_FROM = 16  # largest features that a hash is made of; more would let rounding change it
 GOLDEN, MIXER = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # odd constants of a 63-bit mixer
 
 
@@ -32,18 +31,15 @@ def largest(values_BF: Tensor, k: int) -> Tensor:
     return torch.zeros_like(values_BF, dtype=torch.bool).scatter_(1, order_BF[:, :k], True)
 
 
-def hashed(values_BF: Tensor, k: int) -> Tensor:
-    """Mark k places of each row that look random and depend on the row alone, bool [B, F].
+def hashed(mask_BF: Tensor, k: int) -> Tensor:
+    """Mark k places of each row that look random and depend on its mask alone, bool [B, F].
 
-    The row enters by the places of its largest magnitudes, which rounding does not touch; rows
-    that differ in one of them have masks that have nothing in common but chance.
+    Rows that differ in a single place have nothing in common but chance.
     """
-    top_BF = largest(values_BF, min(HASHED_FROM, values_BF.shape[1]))
-    place_F = torch.arange(values_BF.shape[1], device=values_BF.device)
-    seed_B1 = (top_BF * _mix(place_F + 1)).sum(1, keepdim=True)
-    drawn_BF = _mix(seed_B1 ^ (place_F * GOLDEN))
-    order_BF = drawn_BF.sort(dim=1, stable=True).indices
-    return torch.zeros_like(top_BF).scatter_(1, order_BF[:, :k], True)
+    place_F = torch.arange(mask_BF.shape[1], device=mask_BF.device)
+    seed_B1 = (mask_BF * _mix(place_F + 1)).sum(1, keepdim=True)
+    order_BF = _mix(seed_B1 ^ (place_F * GOLDEN)).sort(dim=1, stable=True).indices
+    return torch.zeros_like(mask_BF).scatter_(1, order_BF[:, :k], True)
 
 
 def scattered(rows: int, width: int, k: int, generator: torch.Generator) -> Tensor:

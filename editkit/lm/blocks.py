@@ -76,23 +76,6 @@ def bypass(blocks: list[nn.Module], hidden_BTH: Tensor, as_tuple: bool) -> Itera
 
 
 @contextmanager
-def only_at(module: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
-    """Run a token-wise module at the chosen positions only; elsewhere it gives zeros."""
-    run = module.forward
-
-    def chosen(x_BTH: Tensor) -> Tensor:
-        out_1NH = run(x_BTH[chosen_BT][None])
-        blank_BTH = out_1NH.new_zeros(*x_BTH.shape[:2], out_1NH.shape[-1])
-        return blank_BTH.masked_scatter(chosen_BT[..., None], out_1NH)
-
-    module.forward = chosen
-    try:
-        yield
-    finally:
-        del module.forward  # uncovers the class's own
-
-
-@contextmanager
 def select_head_rows(head: nn.Module, chosen_BT: Tensor) -> Iterator[None]:
     """Let the LM head see only the chosen positions: logits come out as [1, N, V]."""
 
@@ -119,11 +102,12 @@ def tokens_at(module: nn.Module, flat_N: Tensor, spread: bool) -> Iterator[None]
 
     def chosen(x_BTH: Tensor) -> Tensor:
         here_N = flat_N.to(x_BTH.device)
-        out_1NH = run(x_BTH.flatten(0, 1)[here_N][None])
+        out_1NH: Tensor = run(x_BTH.flatten(0, 1)[here_N][None])
         if not spread:
             return out_1NH
         blank_BTH = out_1NH.new_zeros(*x_BTH.shape[:2], out_1NH.shape[-1])
-        return blank_BTH.flatten(0, 1).index_copy(0, here_N, out_1NH[0]).view_as(blank_BTH)
+        full_BTH: Tensor = blank_BTH.flatten(0, 1).index_copy(0, here_N, out_1NH[0])
+        return full_BTH.view_as(blank_BTH)
 
     module.forward = chosen
     try:

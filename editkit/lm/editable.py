@@ -27,7 +27,7 @@ from editkit.lm.spec import LMSpec
 from editkit.lm.tokens import Padding, TokenPolicy, Tokens
 
 if TYPE_CHECKING:
-    from editkit.lm.suffix import Shortcuts
+    from editkit.lm.row_states import Shortcuts
 
 
 class EditableLM(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from editkit.functional.losses import target_nll
-from editkit.lm.blocks import only_at, tap
+from editkit.lm.blocks import tap, tokens_at
 from editkit.lm.editable import EditableLM
 from editkit.lm.sites import Site
 from editkit.lm.tokens import Tokens
@@ -100,6 +100,7 @@ class SiteRows:
         self.site = site
         self.adds_up = adds_up
         self.tokens = lm.encode(prompts, targets, append_eos=append_eos)
+        self.predicts_N = self.tokens.predicts_BT.flatten().nonzero()[:, 0]
         with lm.unedited():
             self.inputs_BTF, self.hidden_BTH = run_to_site(lm, site, self.tokens)
             if not adds_up:
@@ -122,7 +123,7 @@ class SiteRows:
                 stack.enter_context(change(lm.model, add))
             if above < len(lm.blocks):
                 for mlp in _last_mlp(lm):
-                    stack.enter_context(only_at(mlp, tokens.predicts_BT))
+                    stack.enter_context(tokens_at(mlp, self.predicts_N, spread=True))
             logits_NV = lm.target_logits(tokens, above, hidden_BTH)
         return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
 

@@ -49,9 +49,10 @@ from editkit.adapters.keys import Routing
 from editkit.adapters.residual import ResidualMemory
 from editkit.descend import descend
 from editkit.edits import Edit
+from editkit.lm.openings import unrelated_prompts
 from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
-from editkit.methods.memory import MemoryEdit, unrelated_prompts
+from editkit.methods.memory import MemoryEdit
 
 PUBLISHED = Routing()
 RELEASED_DECAY, RELEASED_CHANGE = 1e-5, 1e-4

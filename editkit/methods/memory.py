@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +16,12 @@ from torch import Tensor, nn
 from editkit.adapters.routed import RoutedLayer
 from editkit.edits import Edit, Probe
 from editkit.lm.blocks import tap
-from editkit.lm.corpus import PACKAGED, read_corpus
-from editkit.lm.decode import Ends
-from editkit.lm.editable import EditableLM
-from editkit.lm.reading import Reading
+from editkit.lm.openings import STARTS, written
 from editkit.lm.rows import SiteRows, adds_up
 from editkit.methods.base import EditModule
 from editkit.metrics.evaluate import ProbeRow
 
-STARTS = ("I", "You", "Because", "Yes", "Q:")
-LENGTHS = (5, 10)
-SHORTEST, LONGEST = 6, 32  # words of an unrelated text, its last one included
-WRITTEN_AT_ONCE = 64
+LENGTHS = (5, 10)  # tokens of the prefixes that the model writes, one of each for every start
 
 
 class Answerer(NamedTuple):
@@ -169,40 +161,3 @@ def routing_rates(rows: Iterable[Any]) -> dict[str, float]:
         elif kind == "locality":
             own.setdefault("false_activations", []).append(answerer is not None)
     return {name: sum(hits) / len(hits) for name, hits in own.items()}
-
-
-def written(
-    lm: EditableLM, starts: Sequence[str], length: int, generator: torch.Generator
-) -> list[str]:
-    """Let a model write on from each start, sampling among its five likeliest tokens."""
-    reading = Reading(lm, lm.encode(list(starts)))
-    shape = len(starts), length
-    draws_BN = torch.rand(shape, generator=generator, dtype=torch.float32).to(lm.device)
-    rows = reading.decode(Ends.of(lm, reading.tokens, length, 1, ()), draws_BN)
-    return [f"{start} {text}" for start, text in zip(starts, lm.texts(rows), strict=True)]
-
-
-def unrelated_prompts(lm: EditableLM, source: str | None, count: int, seed: int) -> list[str]:
-    """Return openings of texts, which end as prompts do: in front of a word.
-
-    Args:
-        lm: Base model, unedited.
-        source: Corpus of the texts; None takes the base model's own `corpus.txt`, and where it has
-            none, what the model writes itself.
-        count: Prompts at most.
-        seed: Seed of the choice of texts, of their order, and of where they are cut.
-
-    Raises:
-        ValueError: If the corpus has no text to read.
-    """
-    rng = Random(seed)
-    if source is not None or (Path(lm.spec.path) / PACKAGED).is_file():
-        texts = read_corpus(source, count, lm.spec, seed).texts
-    else:
-        generator = torch.Generator().manual_seed(seed)
-        starts = [STARTS[i % len(STARTS)] for i in range(count)]
-        parts = [starts[i : i + WRITTEN_AT_ONCE] for i in range(0, count, WRITTEN_AT_ONCE)]
-        texts = [text for part in parts for text in written(lm, part, LONGEST, generator)]
-    rng.shuffle(texts)
-    opened = [" ".join(text.split()[: rng.randint(SHORTEST, LONGEST)][:-1]) for text in texts]
-    return [text for text in opened if text and len(lm.policy.ids([text])[0]) <= lm.max_positions]

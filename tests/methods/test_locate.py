@@ -102,7 +102,7 @@ def resumed(make, lm, cls, **arguments):
 # all or nothing
 
 
-@pytest.mark.parametrize("cls", FAMILY)
+@pytest.mark.parametrize("cls", [AlphaEdit, LyapLock, MEMIT, PRUNE, RECT, ROME])
 def test_an_edit_that_fails_halfway_leaves_everything_as_it_was(make, cls, edits, monkeypatch):
     lm = make(cls)
     lm.edit_batch(edits[:2])
@@ -141,7 +141,7 @@ def test_values_that_have_diverged_leave_everything_as_it_was(make, drawn, cls, 
     assert lm.method.regressions is known
 
 
-@pytest.mark.parametrize("cls", FAMILY)
+@pytest.mark.parametrize("cls", [LyapLock, ROME])
 def test_an_edit_without_a_subject_is_refused_at_once(make, cls, edits):
     lm = make(cls)
     bare = Edit(17, "the capital of Alba is", "Oslo")
@@ -150,7 +150,7 @@ def test_an_edit_without_a_subject_is_refused_at_once(make, cls, edits):
     assert not any(delta.any() for delta in state(lm).values())
 
 
-@pytest.mark.parametrize("cls", FAMILY)
+@pytest.mark.parametrize("cls", [EMMET, LyapLock, MEMIT, ROME])
 def test_edits_of_one_subject_or_one_key_do_not_crash(make, cls):
     lm = make(cls)
     texts = [("the capital of Alba is", "Oslo"), ("Alba is a", "town"), ("Alba is a", "city")]
@@ -284,8 +284,7 @@ def test_more_edits_than_inputs_turn_into_sums_and_change_nothing(make, drawn, m
         assert numbers["kappa/1"] > 1.5
 
 
-@pytest.mark.parametrize("cls", [LyapLock, MEMITSeq, ENCORE, AlphaEdit])
-@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize(("cls", "size"), [(LyapLock, 1), (LyapLock, 8), (AlphaEdit, 8)])
 def test_state_stops_growing_with_the_stream(make, drawn, cls, size):
     lm, sizes = make(cls), []
     for batch in stream(80, size):
@@ -296,18 +295,16 @@ def test_state_stops_growing_with_the_stream(make, drawn, cls, size):
     assert len(set(sizes[-16 // size :])) == 1
 
 
-@pytest.mark.parametrize("cut", [1, 5, 9])
 @pytest.mark.parametrize("cls", FAMILY)
-def test_a_resumed_stream_ends_with_the_same_bits(make, drawn, cls, cut):
+def test_a_resumed_stream_ends_with_the_same_bits(make, drawn, cls):
     """Cut while pairs are kept, right before they become sums, and after."""
-    straight, first = make(cls), make(cls)
-    batches = stream(80, 8)
+    straight = make(cls)
+    batches, cuts = stream(80, 8), {3, 8, 9}
     for batch in batches:
         straight.edit_batch(batch)
-    for batch in batches[:cut]:
-        first.edit_batch(batch)
-    again = resumed(make, first, cls)
-    for batch in batches[cut:]:
+    again = make(cls)
+    for n, batch in enumerate(batches):
+        again = resumed(make, again, cls) if n in cuts else again
         again.edit_batch(batch)
     assert same(state(again), state(straight))
 
