@@ -123,7 +123,9 @@ class PlainLoop:
             self.model(input_ids=tokens.ids_BT)
         handle.remove()
         centred_F = seen[0][0].mean(0) - self.method.memory.mean_F
-        chosen = self.method.memory.permutation_F[centred_F.abs().topk(self.method.memory.k).indices]
+        chosen = self.method.memory.permutation_F[
+            centred_F.abs().topk(self.method.memory.k).indices
+        ]
         return torch.zeros_like(centred_F).index_fill(0, chosen, 1.0)
 
     def edit(self, edit: Edit) -> None:
@@ -256,7 +258,8 @@ def measure_overhead(model: str, masks: int, repeats: int) -> list[dict[str, Any
         prompts = [" ".join((texts[i] + " ") * 8).split()[:words] for i in range(rows)]
         prompts = [" ".join(" ".join(texts).split()[i : i + words]) for i in range(rows)]
         tokens = lm.encode(prompts)
-        assert set(method.routes(prompts)) and not any(w.edit_id for w in method.routes(prompts))
+        assert method.routes(prompts)
+        assert not any(w.edit_id for w in method.routes(prompts))
         with lm.unedited():
             base_BTV = lm(tokens)
         assert torch.equal(lm(tokens), base_BTV), "a memory without a match changed something"

@@ -100,7 +100,7 @@ class SiteRows:
         self.site = site
         self.adds_up = adds_up
         self.tokens = lm.encode(prompts, targets, append_eos=append_eos)
-        self.predicts_N = self.tokens.predicts_BT.flatten().nonzero()[:, 0]
+        self.partly = partly_needed(lm, site.layer + 1, self.tokens)
         with lm.unedited():
             self.inputs_BTF, self.hidden_BTH = run_to_site(lm, site, self.tokens)
             if not adds_up:
@@ -121,17 +121,33 @@ class SiteRows:
                 above, hidden_BTH = self.site.layer, self.hidden_BTH
                 add = {self.site.path: lambda y_BTD: y_BTD + added_BTD.to(y_BTD)}
                 stack.enter_context(change(lm.model, add))
-            if above < len(lm.blocks):
-                for mlp in _last_mlp(lm):
-                    stack.enter_context(tokens_at(mlp, self.predicts_N, spread=True))
+            for module, flat_N in self.partly:
+                stack.enter_context(tokens_at(module, flat_N, spread=True))
             logits_NV = lm.target_logits(tokens, above, hidden_BTH)
         return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
 
 
-def _last_mlp(lm: EditableLM) -> list[nn.Module]:
-    """Return the last block's MLP, of which only what predicts targets is used; none if unknown."""
-    downs = [s.path for s in lm.sites if s.layer == len(lm.blocks) - 1 and s.role == "mlp.down"]
-    return [lm.model.get_submodule(downs[0].rpartition(".")[0])] if len(downs) == 1 else []
+def partly_needed(lm: EditableLM, first: int, tokens: Tokens) -> list[tuple[nn.Module, Tensor]]:
+    """Return the token-wise modules from block `first` on, each with the tokens that count there.
+
+    A token counts where it predicts the target or a later one does; padding and the target's last
+    token do not. In the last block only keys and values of the former are needed.
+    """
+    predicts_BT = tokens.predicts_BT
+    used_BT = tokens.mask_BT & (predicts_BT.flip(1).cumsum(1).flip(1) > 0)
+    used_N, predicts_N = (m.flatten().nonzero()[:, 0] for m in (used_BT, predicts_BT))
+    found = []
+    for layer in range(first, len(lm.blocks)):
+        paths = {s.path: s.role for s in lm.sites if s.layer == layer and s.role[:4] == "attn"}
+        downs = [s.path for s in lm.sites if s.layer == layer and s.role == "mlp.down"]
+        if len(downs) == 1:
+            paths[downs[0].rpartition(".")[0]] = "mlp"
+        for path, role in paths.items():
+            is_read = role in ("attn.k", "attn.v", "attn.qkv") or layer < len(lm.blocks) - 1
+            module = lm.model.get_submodule(path)
+            if module is not lm.blocks[layer]:
+                found.append((module, used_N if is_read else predicts_N))
+    return found
 
 
 @torch.no_grad()

@@ -23,22 +23,19 @@ Deviations:
       The release takes one edit at a time.
     - An edited prompt is known by its text, not by bit-equality of masks. Edited again, it keeps
       its columns and changes its answer.
-    - Padding is told by the attention mask, and the twelfth, unused row of the release is dropped.
-    - Only what depends on W_m runs in every step: the gathered columns and the blocks above.
+    - Padding is told by the attention mask; the twelfth, unused row of the release is dropped.
 
 Undo is exact where locality is concerned: the edit's keys go, and its prompts are routed as if it
 had never been made, to the base model bit for bit where no other edit answers. The newest edit is
 also taken out of W_m, bit for bit. What an older one wrote stays in the columns it shares with
 edits that were trained on top of it; taking it out would change their answers.
 
-Costs: per edit F / 8 bytes of mask (Llama-3-8B: 1.8 kB) and nothing else; W_m once (235 MB fp32
-there). COSTS
+Costs: F / 8 bytes of mask per edit (Llama-3-8B: 1.8 kB); W_m once (235 MB fp32 there).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -52,7 +49,7 @@ from editkit.edits import Edit
 from editkit.lm.openings import unrelated_prompts
 from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
-from editkit.methods.memory import MemoryEdit
+from editkit.methods.memory import MemoryEdit, text_hashes
 
 PUBLISHED = Routing()
 RELEASED_DECAY, RELEASED_CHANGE = 1e-5, 1e-4
@@ -147,7 +144,7 @@ class MEMOIR(MemoryEdit):
 
         Of two edits of one prompt in a batch the later one is made.
         """
-        by_text = dict(zip(self._hashes([e.prompt for e in edits]), edits, strict=True))
+        by_text = dict(zip(text_hashes(self.lm, [e.prompt for e in edits]), edits, strict=True))
         texts, edits = list(by_text), list(by_text.values())
         keys = self.memory.keys
         mask_EW = self._masks([e.prompt for e in edits])
@@ -236,7 +233,7 @@ class MEMOIR(MemoryEdit):
         if not (self.rephrase_keys and asked):
             return self.memory.keys.bits_KW[:0], {}
         owners, texts = [i for i, _ in asked], [text for _, text in asked]
-        mask_AW, hashes = self._masks(texts), self._hashes(texts)
+        mask_AW, hashes = self._masks(texts), text_hashes(self.lm, texts)
         found = self.owners(self.memory.route_masks(mask_AW).slot_B)
         rejected = sum(edit_id is None for edit_id in found)
         own = sum(a == b for a, b in zip(found, owners, strict=True))
@@ -251,9 +248,3 @@ class MEMOIR(MemoryEdit):
         """Return the packed masks of prompts [B, W]."""
         none_BW = self.memory.keys.bits_KW[:0]
         return torch.cat([none_BW, *(self.memory.masks(*pair) for pair in self.inputs(prompts))])
-
-    def _hashes(self, prompts: Sequence[str]) -> list[int]:
-        """Return what prompts are known by: hashes of their ids, as int64 has room for."""
-        rows = self.lm.policy.pieces(list(prompts))[0]
-        digests = [blake2b(repr(row).encode(), digest_size=8).digest() for row in rows]
-        return [int.from_bytes(digest, "big", signed=True) for digest in digests]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from editkit.adapters.routed import RoutedLayer
 from editkit.edits import Edit, Probe
 from editkit.lm.blocks import tap
+from editkit.lm.editable import EditableLM
 from editkit.lm.openings import STARTS, written
 from editkit.lm.rows import SiteRows, adds_up
 from editkit.methods.base import EditModule
@@ -141,6 +143,13 @@ class MemoryEdit(EditModule):
         self.asked = []
 
     on_test_epoch_end = on_validation_epoch_end
+
+
+def text_hashes(lm: EditableLM, prompts: Sequence[str]) -> list[int]:
+    """Return what prompts are known by: hashes of their ids, as int64 has room for."""
+    rows = lm.policy.pieces(list(prompts))[0]
+    digests = [blake2b(repr(row).encode(), digest_size=8).digest() for row in rows]
+    return [int.from_bytes(digest, "big", signed=True) for digest in digests]
 
 
 def routing_rates(rows: Iterable[Any]) -> dict[str, float]:
