@@ -63,16 +63,7 @@ def encode_edits(
         ValueError: If an edit has no subject, its subject is not in its prompt, or a row is too
             long for the model.
     """
-    for edit in edits:
-        if not edit.subject:
-            raise ValueError(
-                f"edit {edit.id} has no subject, which locate-then-edit methods need: "
-                f"{edit.prompt!r}"
-            )
-        if edit.subject not in edit.prompt:
-            raise ValueError(
-                f"subject {edit.subject!r} not found in prompt {edit.prompt!r} (edit {edit.id})"
-            )
+    _check_subjects(edits)
     before = ["", *prefixes]
     subjects = [str(edit.subject) for edit in edits]
     texts = [prefix + edit.prompt for edit in edits for prefix in before]
@@ -90,6 +81,20 @@ def encode_edits(
         EditRows(contexts[i * len(before) : (i + 1) * len(before)], _anchor(ids, end, len(before)))
         for i, (ids, end) in enumerate(zip(anchored, ends, strict=True))
     ]
+
+
+def _check_subjects(edits: Sequence[Edit]) -> None:
+    """Refuse edits whose subject is missing."""
+    for edit in edits:
+        if not edit.subject:
+            raise ValueError(
+                f"edit {edit.id} has no subject, which locate-then-edit methods need: "
+                f"{edit.prompt!r}"
+            )
+        if edit.subject not in edit.prompt:
+            raise ValueError(
+                f"subject {edit.subject!r} not found in prompt {edit.prompt!r} (edit {edit.id})"
+            )
 
 
 def _context(head: list[int], tail: list[int], place: int, lead: int) -> Row:

@@ -133,7 +133,7 @@ class SuffixRows:
         with ExitStack() as stack:
             stack.enter_context(above(self.lm, self.first, part.hidden_BSH))
             stack.enter_context(change(self.lm.model, {self.path: shift}))
-            if part.at_B.device.type == "cpu":  # its fused backward takes half the time in bf16
+            if part.at_B.device.type == "cpu":  # in bf16 the fused backward is several times slower
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.shortcuts.head:
                 head = self.lm.model.get_output_embeddings()
