@@ -186,22 +186,22 @@ def test_the_cache_folder_is_given_or_named_by_the_environment(tmp_path, monkeyp
     assert cache_folder() == Path("~/.cache/editkit").expanduser()
 
 
-def refused(source, match, count=10, **options):
+def check_refused(source, match, count=10, **options):
     with pytest.raises(ValueError, match=match) as error:
         read_corpus(source, count, SPEC, **options)
     return str(error.value)
 
 
 def test_what_is_not_there_is_refused_without_asking_the_hub(tmp_path):
-    refused(tmp_path / "no.txt", r"no\.txt' does not exist; give a \.txt \(one text a line\)")
-    refused("no.jsonl", r"corpus 'no\.jsonl' does not exist")
-    refused("a/b/c", "corpus 'a/b/c' does not exist")
-    refused("", "corpus '' does not exist; give")
+    check_refused(tmp_path / "no.txt", r"no\.txt' does not exist; give a \.txt \(one text a line\)")
+    check_refused("no.jsonl", r"corpus 'no\.jsonl' does not exist")
+    check_refused("a/b/c", "corpus 'a/b/c' does not exist")
+    check_refused("", "corpus '' does not exist; give")
 
 
 def test_empty_corpora_are_refused(tmp_path):
-    refused(write(tmp_path / "c.txt", "", " "), r"c\.txt' has no text; give")
-    refused(write(tmp_path / "c.txt", "a"), "a corpus of 0 texts is empty", count=0)
+    check_refused(write(tmp_path / "c.txt", "", " "), r"c\.txt' has no text; give")
+    check_refused(write(tmp_path / "c.txt", "a"), "a corpus of 0 texts is empty", count=0)
     with pytest.raises(ValueError, match="corpus 'texts' has no text"):
         Corpus.of([" "])
 
@@ -209,36 +209,42 @@ def test_empty_corpora_are_refused(tmp_path):
 def test_files_that_are_no_texts_are_refused_with_the_place(tmp_path):
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"fine\ncaf\xe9 noir\n")
-    refused(latin, r"latin\.txt' is not UTF-8 at byte 8; save it as UTF-8")
+    check_refused(latin, r"latin\.txt' is not UTF-8 at byte 8; save it as UTF-8")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"PK\x03\x04\0\0\0")
-    refused(binary, r"binary\.txt' holds binary data")
-    refused(write(tmp_path / "c.csv", "text", "a"), r"c\.csv' is no \.txt or \.jsonl; give a \.txt")
+    check_refused(binary, r"binary\.txt' holds binary data")
+    check_refused(
+        write(tmp_path / "c.csv", "text", "a"), r"c\.csv' is no \.txt or \.jsonl; give a \.txt"
+    )
 
 
 def test_bad_json_lines_are_refused_with_the_line(tmp_path):
     path = tmp_path / "c.jsonl"
-    refused(write(path, *rows("a"), '{"text": '), r"c\.jsonl:2: Expecting value at column")
-    refused(write(path, '{"body": "a"}'), r"c\.jsonl:1: needs a field 'text'.* found \['body'\]")
-    refused(write(path, '{"text": 3}'), r"c\.jsonl:1: needs a field 'text'.* found 3")
-    refused(write(path, '["a"]'), r"c\.jsonl:1: expected \{\"text\": \.\.\.\}, found \['a'\]")
+    check_refused(write(path, *rows("a"), '{"text": '), r"c\.jsonl:2: Expecting value at column")
+    check_refused(
+        write(path, '{"body": "a"}'), r"c\.jsonl:1: needs a field 'text'.* found \['body'\]"
+    )
+    check_refused(write(path, '{"text": 3}'), r"c\.jsonl:1: needs a field 'text'.* found 3")
+    check_refused(write(path, '["a"]'), r"c\.jsonl:1: expected \{\"text\": \.\.\.\}, found \['a'\]")
 
 
 def test_a_dataset_without_texts_is_refused(tmp_path, hub):
     _, cache, file = hub
     write(file, json.dumps({"body": "a"}))
-    refused("owner/name", r"dataset 'owner/name': needs a field 'text'", cache=cache)
+    check_refused("owner/name", r"dataset 'owner/name': needs a field 'text'", cache=cache)
     assert not (cache / "corpora").exists()
 
 
 def test_a_folder_with_nothing_to_read_names_the_fix(tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", r"dataset '.*empty' cannot be opened \(.*\); check its name")
+    check_refused(tmp_path / "empty", r"dataset '.*empty' cannot be opened \(.*\); check its name")
 
 
 def test_an_unreachable_dataset_names_the_fix(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("owner/not-there", r"owner/not-there' cannot be opened .* give `corpus` as a \.txt")
+    check_refused(
+        "owner/not-there", r"owner/not-there' cannot be opened .* give `corpus` as a \.txt"
+    )
 
 
 def test_a_stream_that_breaks_off_names_the_fix(monkeypatch):
@@ -251,4 +257,4 @@ def test_a_stream_that_breaks_off_names_the_fix(monkeypatch):
             raise ConnectionError("the line went dead")
 
     monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: Broken())
-    refused("owner/name", r"broke off \(the line went dead\); .* give `corpus` as a \.txt")
+    check_refused("owner/name", r"broke off \(the line went dead\); .* give `corpus` as a \.txt")
