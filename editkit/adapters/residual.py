@@ -32,7 +32,7 @@ from editkit.functional.masks import (
     unpack,
 )
 
-HASHED = 16  # largest magnitudes that an ablation's hash is made of: rounding hardly moves them
+HASHED = 64  # largest magnitudes that an ablation's hash is made of: rounding hardly moves them
 SLACK = 0.01  # overlaps are compared in whole ones, so that rounding of tau * k moves nothing
 
 
