@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +111,20 @@ class EditCLI(LightningCLI):
                 claim(folder, self._get(self.config_init, "run").overwrite)
             else:
                 keep_metrics(folder)
-            with kept_in_wandb(self.trainer.loggers, folder):
+            with kept_in_wandb(self.trainer.loggers, folder), self._no_orphans():
                 self.trainer.fit(model, **kwargs)
                 report(folder)
+
+    @contextmanager
+    def _no_orphans(self) -> Iterator[None]:
+        """End the processes of the other devices where this one fails: they would wait for it."""
+        try:
+            yield
+        except BaseException:
+            for process in getattr(self.trainer.strategy.launcher, "procs", []):
+                if isinstance(process, subprocess.Popen):
+                    process.kill()
+            raise
 
 
 @rank_zero_only

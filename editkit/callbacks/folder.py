@@ -50,6 +50,8 @@ def tidy(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if rank_zero_only.rank != 0:  # the first device tidies
+            raise
         for path in folder.glob("checkpoints/*.ckpt"):
             if path.is_file() and not is_zipfile(path):
                 path.unlink()  # cut short: torch writes zip files, whose end comes last

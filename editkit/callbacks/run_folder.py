@@ -83,7 +83,7 @@ class RunFolder(Callback):
         """
         probes, size = trainer.datamodule.probes, trainer.datamodule.probes_per_batch
         starts = range(0, len(probes), size)
-        silent = trainer.progress_bar_callback is None
+        silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
         rows: list[ProbeRow] = []
         for i in track(starts, "asking the unedited model", disable=silent, transient=True):
             rows += pl_module.score_unedited(probes[i : i + size])
@@ -150,6 +150,8 @@ class RunFolder(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Write `predictions.jsonl`."""
+        if not trainer.is_global_zero:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_lines(self.folder / PREDICTIONS, self.answers)
 
@@ -160,6 +162,7 @@ class RunFolder(Callback):
             starts = range(0, len(probes), size)
             self.rows = [r for i in starts for r in pl_module.score(probes[i : i + size])]
             self._append(self.rows, "final", pl_module.edits_seen)
+        self.ability.now(trainer, pl_module)  # on all devices, for the summary
         self._finish(trainer, pl_module)
         self.finished = pl_module.edits_seen >= len(trainer.datamodule.edits)
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
