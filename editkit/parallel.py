@@ -27,7 +27,12 @@ T = TypeVar("T")
 
 
 class RankError(ValueError):
-    """Something failed on one rank or on several; raised on all of them, with the same text."""
+    """Something failed on one rank or on several; raised on all of them, with the same text.
+
+    `is_told` where the first rank has it to tell.
+    """
+
+    is_told = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,9 @@ def _meet(error: Exception | None = None) -> None:
     told = [(rank, text) for rank, text in enumerate(said) if text is not None]
     rank, text = told[0]
     where = "" if set(said) == {text} else f"on device {rank} of {len(said)}: "
-    raise RankError(where + text) from error
+    agreed_on = RankError(where + text)
+    agreed_on.is_told = dist.get_rank() != 0
+    raise agreed_on from error
 
 
 def _wire_device() -> torch.device:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
+from torch.multiprocessing import ProcessRaisedException
 
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
@@ -165,12 +166,17 @@ def run_trainer(args: list[str] | None) -> None:
     warnings.filterwarnings("ignore", message="(?s).*ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*have overridden `transfer_batch_to_device`.*")
+    # devices have gathered the rows: what they log is the same on all
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
         _run(args)
     except MisconfigurationException as error:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
+    except ProcessRaisedException as error:  # ddp_spawn: a traceback, what was raised comes last
+        name, _, words = str(error).strip().splitlines()[-1].partition(": ")
+        raise ValueError(words or name) from error
 
 
 def _run(args: list[str] | None) -> None:

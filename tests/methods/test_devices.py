@@ -7,7 +7,11 @@ one of one edit; each test below looks at one thing that came of it.
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import subprocess
+import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -38,7 +42,7 @@ def test_shares_cover_all_rows_once_in_order_and_none_is_empty(count, size):
     assert all(shares)
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     kept = [share[:n] for share, n in zip(shares, ranks[0]._sizes(count), strict=True)]
-    assert sum(kept, []) == list(range(count))
+    assert [*chain(*kept)] == list(range(count))
 
 
 def test_one_device_takes_no_detour():
@@ -76,8 +80,11 @@ def outcome(case, edits, folder):
     )  # fmt: skip
     method.configure_model()
     rows_run = []
-    hook = lambda module, args, kwargs: rows_run.append(len((*args, *kwargs.values())[0]))
-    method.lm.blocks[-1].register_forward_pre_hook(hook, with_kwargs=True)
+
+    def note(module, args, kwargs):
+        rows_run.append(len((*args, *kwargs.values())[0]))
+
+    method.lm.blocks[-1].register_forward_pre_hook(note, with_kwargs=True)
     trainer.fit(method, Stream(edits, edits_per_step=3))
     edited_by = sum(rows_run)
     rows = method.score(probes_of(edits))
@@ -228,3 +235,35 @@ def test_where_one_device_fails_both_say_the_same_and_nothing_is_half_written(bo
         assert found["torn"] == "on device 1 of 2: no luck with edit 0"
         assert found["diverged"].startswith("on device 1 of 2: the loss became nan at step 0")
         assert found["scratch"] == [False]
+
+
+def on_two(folder, model, path, *more):
+    """Run the command line as a user does, who leaves starting the second process to Lightning."""
+    args = [
+        sys.executable, "-m", "editkit", "fit", "--model=editkit.methods.ft.FT",
+        f"--model.lm.id={model}", "--model.steps=5", "--data=editkit.data.jsonl.JSONL",
+        f"--data.path={path}", "--data.edits_per_step=3", "--trainer.accelerator=cpu",
+        "--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={folder}",
+        "--trainer.enable_progress_bar=false", *more,
+    ]  # fmt: skip
+    return subprocess.run(args, capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_the_command_line_edits_on_two_devices_and_one_of_them_writes(tiny, edits, tmp_path):
+    rows = [
+        {"prompt": e.prompt, "target": e.target, "probes": {"locality": [f"a town in {e.subject}"]}}
+        for e in edits
+    ]
+    path = tmp_path / "edits.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    done = on_two(tmp_path / "run", tiny("llama"), path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run folder:") == 1
+    asked = [json.loads(line) for line in (tmp_path / "run" / "probes.jsonl").open()]
+    final = [(row["kind"], row["edit_id"]) for row in asked if row["moment"] == "final"]
+    assert sorted(final) == [(kind, i) for kind in ("locality", "reliability") for i in range(4)]
+    ledger = [json.loads(line) for line in (tmp_path / "run" / "edits.jsonl").open()]
+    assert [entry["edit_id"] for entry in ledger] == [0, 1, 2, 3]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["protocol"]["devices"] == 2
+    assert not [p.name for p in (tmp_path / "run").iterdir() if "tmp" in p.name]
