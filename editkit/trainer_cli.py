@@ -15,10 +15,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
-from torch.multiprocessing import ProcessRaisedException
 
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
@@ -105,6 +105,11 @@ class EditCLI(LightningCLI):
     def fit(self, model: EditModule, **kwargs: Any) -> None:
         """Edit; where that fails before anything could be resumed, leave no folder behind."""
         folder = Path(self.trainer.default_root_dir)
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "this trainer.strategy edits in forked or spawned processes, from which no edited "
+                "model comes back; use --trainer.strategy ddp"
+            )
         with tidy(folder):
             self.datamodule.setup("fit")  # bad rows are told before anything is touched
             tell(self.datamodule)
@@ -174,9 +179,6 @@ def run_trainer(args: list[str] | None) -> None:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
-    except ProcessRaisedException as error:  # ddp_spawn: a traceback, what was raised comes last
-        name, _, words = str(error).strip().splitlines()[-1].partition(": ")
-        raise ValueError(words or name) from error
 
 
 def _run(args: list[str] | None) -> None:
