@@ -109,13 +109,18 @@ class SiteRows:
         self.adds_up = adds_up
         self.tokens = lm.encode(prompts, targets, append_eos=append_eos)
         self.ranks = ranks_of(lm.model)
-        self.own = _part(self.tokens, self.ranks.own(len(prompts)))
-        self.partly = partly_needed(lm, site.layer + 1, self.own)
+        self._share_out()
         with lm.unedited():
-            inputs_BTF, self.hidden_BTH = run_to_site(lm, site, self.own)
-            self.inputs_BTF = self.ranks.gather(inputs_BTF, len(prompts))
+            inputs_BTF, hidden_BTH = run_to_site(lm, site, self.own)
             if not adds_up:
-                self.hidden_BTH = lm.hidden_before(site.layer, self.own)
+                hidden_BTH = lm.hidden_before(site.layer, self.own)
+        self.inputs_BTF = self.ranks.gather(inputs_BTF, len(prompts))
+        self.hidden_BTH = self.ranks.gather(hidden_BTH, len(prompts))
+
+    def _share_out(self) -> None:
+        """Find this device's rows, and what of them the blocks above the site need."""
+        self.own = _part(self.tokens, self.ranks.own(len(self.tokens.ids_BT)))
+        self.partly = partly_needed(self.lm, self.site.layer + 1, self.own)
 
     def losses(self, added_BTD: Tensor) -> Tensor:
         """Return each row's mean target NLL, nats [B], with `added_BTD` added to the site's output.
@@ -124,13 +129,14 @@ class SiteRows:
         """
         lm, tokens, rows = self.lm, self.own, len(added_BTD)
         added_BTD = self.ranks.scatter(added_BTD)
+        own_BTH = self.hidden_BTH[self.ranks.own(rows)]
         with ExitStack() as stack:
             stack.enter_context(lm.unedited())
             if self.adds_up:
                 above = self.site.layer + 1
-                hidden_BTH = self.hidden_BTH + added_BTD.to(self.hidden_BTH)
+                hidden_BTH = own_BTH + added_BTD.to(own_BTH)
             else:
-                above, hidden_BTH = self.site.layer, self.hidden_BTH
+                above, hidden_BTH = self.site.layer, own_BTH
                 add = {self.site.path: lambda y_BTD: y_BTD + added_BTD.to(y_BTD)}
                 stack.enter_context(change(lm.model, add))
             for module, flat_N in self.partly:
