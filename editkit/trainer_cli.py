@@ -17,13 +17,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
 from editkit.callbacks.conflicts import Conflicts
-from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, tidy
+from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, last_checkpoint, sweep, tidy
 from editkit.callbacks.logger import kept_in_wandb, wandb_loggers
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
@@ -32,6 +32,8 @@ from editkit.data.base import EditDataModule
 from editkit.data.records import RecordModule
 from editkit.methods.base import EditModule
 from editkit.report.page import write_report
+
+log = logging.getLogger(__name__)
 
 # what editing needs of a Trainer; each can be set otherwise in YAML
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -113,13 +115,29 @@ class EditCLI(LightningCLI):
         with tidy(folder):
             self.datamodule.setup("fit")  # bad rows are told before anything is touched
             tell(self.datamodule)
-            if kwargs.get("ckpt_path") is None:
-                claim(folder, self._get(self.config_init, "run").overwrite)
+            kwargs["ckpt_path"], can_begin = self._place_to_go_on(folder, kwargs.get("ckpt_path"))
+            if kwargs["ckpt_path"] is None:
+                claim(folder, can_begin or self._get(self.config_init, "run").overwrite)
             else:
                 keep_metrics(folder)
+            sweep(folder)
             with kept_in_wandb(self.trainer.loggers, folder), self._no_orphans():
                 self.trainer.fit(model, **kwargs)
                 report(folder)
+
+    def _place_to_go_on(self, folder: Path, asked: str | None) -> tuple[str | None, bool]:
+        """Return the checkpoint that is asked for, and whether what lies there may go.
+
+        `last` is the newest whole one. Where there is none yet, a run that was killed early begins
+        again at its first edit.
+        """
+        if asked != "last":
+            return asked, False
+        named = (c.dirpath for c in self.trainer.checkpoint_callbacks if hasattr(c, "dirpath"))
+        found = last_checkpoint({folder / "checkpoints", *(Path(path) for path in named if path)})
+        if found is None and not (folder / SUMMARY).exists():
+            log.warning("no checkpoint in %s yet: beginning at the first edit", folder)
+        return (str(found), False) if found else (None, not (folder / SUMMARY).exists())
 
     @contextmanager
     def _no_orphans(self) -> Iterator[None]:
@@ -179,6 +197,9 @@ def run_trainer(args: list[str] | None) -> None:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
+    except SIGTERMException as error:
+        sys.stderr.write("editkit: told to end (SIGTERM); go on with --ckpt_path last\n")
+        raise SystemExit(143) from error
 
 
 def _run(args: list[str] | None) -> None:
