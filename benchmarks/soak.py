@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -109,7 +110,7 @@ class Runs:
             *data, f"--data.limit={o.edits}", "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={folder}",
             f"--trainer.callbacks={json.dumps(mine)}", f"--milestones.at=[1,{o.edits // 2}]",
-            *o.more, *(["--ckpt_path=last"] if resume else []),
+            *shlex.split(o.more), *(["--ckpt_path=last"] if resume else []),
         ]  # fmt: skip
 
     def begin(self, folder: Path, resume: bool) -> int:
@@ -270,7 +271,7 @@ def soak() -> None:
     parser.add_argument("--data", default="", help="JSONL of edits; none takes fact-world's")
     parser.add_argument("--out", default="runs/soak")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--more", nargs="*", default=[], help="further options of editkit fit")
+    parser.add_argument("--more", default="", help="further options of editkit fit, in quotes")
     options = parser.parse_args()
     Path(options.out).mkdir(parents=True, exist_ok=True)
     (Path(options.out) / "stops.jsonl").unlink(missing_ok=True)

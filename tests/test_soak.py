@@ -16,7 +16,7 @@ def test_a_run_that_is_killed_or_told_to_end_goes_on_to_the_same_end(tiny, edits
     command = [
         sys.executable, "benchmarks/soak.py", "--methods=ft", "--kills=2", "--signals=KILL,TERM",
         f"--lm={tiny('llama')}", f"--data={tmp_path / 'edits.jsonl'}", "--edits=4",
-        f"--out={tmp_path / 'soak'}",
+        f"--out={tmp_path / 'soak'}", "--more=--model.evaluation.max_new_tokens=4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)
     log = tmp_path / "soak" / "ft" / "log"
