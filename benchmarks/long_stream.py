@@ -103,7 +103,9 @@ def resident() -> float:
 
 def stream(method: str, args: argparse.Namespace, cache: str) -> list[Stretch]:
     """Edit the whole stream with a method and measure stretch by stretch."""
-    data = CounterFact(path=str(args.data), limit=args.edits, on_bad_row="skip", contradictions="ask")
+    data = CounterFact(
+        path=str(args.data), limit=args.edits, on_bad_row="skip", contradictions="ask"
+    )
     data.setup()
     edits = list(data.edits)
     edited = editkit.load(
