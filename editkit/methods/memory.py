@@ -22,6 +22,7 @@ from editkit.lm.openings import STARTS, written
 from editkit.lm.rows import SiteRows, adds_up
 from editkit.methods.base import EditModule
 from editkit.metrics.evaluate import ProbeRow
+from editkit.parallel import agreed, ranks_of
 
 LENGTHS = (5, 10)  # tokens of the prefixes that the model writes, one of each for every start
 
@@ -96,12 +97,13 @@ class MemoryEdit(EditModule):
 
     def routes(self, prompts: Sequence[str]) -> list[Answerer]:
         """Return who answers each prompt, whether its answer is forced or free."""
-        found = []
-        for pair in self.inputs(prompts):
-            route = self.memory.route(*pair)
-            owners = self.owners(route.slot_B)
-            found += map(Answerer, owners, route.match_B.tolist())
-        return found
+        found, ranks = [], ranks_of(self.lm.model)
+        with agreed():
+            for pair in self.inputs(prompts[ranks.own(len(prompts))]):
+                route = self.memory.route(*pair)
+                owners = self.owners(route.slot_B)
+                found += map(Answerer, owners, route.match_B.tolist())
+            return ranks.gather_list(found, len(prompts))
 
     def rows(self, edits: list[Edit]) -> SiteRows:
         """Return the rows that edits train on: each behind nothing and behind every prefix."""
