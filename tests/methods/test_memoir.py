@@ -17,7 +17,7 @@ from editkit.edits import Edit, Probe
 from editkit.lm.spec import LMSpec
 from editkit.methods.base import UndoError
 from editkit.methods.memoir import MEMOIR
-from editkit.methods.memory import routing_rates
+from editkit.metrics.routing import routing_rates
 from editkit.metrics.protocol import EvalProtocol
 
 SMALL = {"background": 8, "held_out": 40}
