@@ -24,9 +24,7 @@ class Columns:
         turns: What to multiply each edit's gradient by, [k, k] each; none leaves it as it is.
     """
 
-    def __init__(
-        self, matrix_DF: Tensor, column_Ek: Tensor, turns: Sequence[Tensor] = ()
-    ) -> None:
+    def __init__(self, matrix_DF: Tensor, column_Ek: Tensor, turns: Sequence[Tensor] = ()) -> None:
         self.column_Ek = column_Ek
         self.used_C = column_Ek.unique()
         self.values_DC = matrix_DF[:, self.used_C]

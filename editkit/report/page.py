@@ -73,7 +73,10 @@ def render(runs: Sequence[Run], tables: dict[str, Table], compared: Sequence[Com
         runs=runs,
         title=view.title(runs),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        tables={name: tables.get(name) for name in ("ability", "harness", "routing", "cost", "conflicts")},
+        tables={
+            name: tables.get(name)
+            for name in ("ability", "harness", "routing", "cost", "conflicts")
+        },
         index={run.name: i for i, run in enumerate(runs)},
         compared=compared,
         mixed=protocol.mixed_fields(runs),
