@@ -129,9 +129,10 @@ def keep_largest(change_DF: Tensor, weight_DF: Tensor, keep: float) -> Tensor:
 def turned_away(gram_FF: Tensor) -> Tensor:
     """Return (1 + C)^-1, which turns gradients [D, F] away from inputs to be left alone.
 
-    C is the weighted sum of x x^T over those inputs, whose outputs are to stay. This is the projection of orthogonal weights modification (Zeng et al. 2019, arXiv 1810.01256,
-    eq. 2) and the gain of recursive least squares: of a gradient along an input of weight w, the
-    share 1 / (1 + w) is left, and all of it across them.
+    C is the weighted sum of x x^T over those inputs, whose outputs are to stay: the projection of
+    orthogonal weights modification (Zeng et al. 2019, arXiv 1810.01256) and the gain of recursive
+    least squares. Of a gradient along one input of weight w the share 1 / (1 + w) is left, and all
+    of it across the inputs.
     """
     one_FF = torch.eye(len(gram_FF)).to(gram_FF)
     return torch.cholesky_inverse(torch.linalg.cholesky(one_FF + gram_FF))

@@ -17,8 +17,8 @@ from editkit.edits import Edit, Probe
 from editkit.lm.spec import LMSpec
 from editkit.methods.base import UndoError
 from editkit.methods.memoir import MEMOIR
-from editkit.metrics.routing import routing_rates
 from editkit.metrics.protocol import EvalProtocol
+from editkit.metrics.routing import routing_rates
 
 SMALL = {"background": 8, "held_out": 40}
 OTHERS = ["he works for Rome", "Question : where lives Elda ? Answer :", "a small town", "she"]
