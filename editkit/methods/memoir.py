@@ -162,8 +162,8 @@ class MEMOIR(MemoryEdit):
         keys = self.memory.keys
         mask_EW = self._masks([e.prompt for e in edits])
         shield_E = [self.shield] * len(edits)
-        for i, text in enumerate(texts):
-            if (slot := keys.slot_of(text)) is not None:  # edited again: the same columns
+        for i, slot in enumerate(keys.slots_of(texts).tolist()):
+            if slot >= 0:  # edited again: the same columns
                 mask_EW[i], shield_E[i] = keys.bits_KW[slot], 0.0
         rows = self.rows(edits)
         columns = self.memory.columns(mask_EW, shield_E)
@@ -172,9 +172,8 @@ class MEMOIR(MemoryEdit):
         )
         shrink = (1 - self.lr * RELEASED_DECAY) ** steps if self.compat else 1.0
         self.memory.write(columns.used_C, columns.values_DC, shrink)
-        for edit, mask_W, text in zip(edits, mask_EW, texts, strict=True):
-            keys.add_slot(mask_W, edit.id, text)
         self.newest = [e.id for e in edits]
+        keys.add_slots(mask_EW, self.newest, texts)
         if self.shield:
             self.memory.shield.add(columns.read(rows.inputs_BTF, rows.tokens.predicts_BT))
         numbers = {"steps": float(steps), "loss": float(losses_E.mean())}
