@@ -158,10 +158,6 @@ class EditModule(StreamModule, ABC):
             self.undo(edit_id)
         entry["undone"] = True
 
-    def standing(self) -> list[dict[str, Any]]:
-        """Return the ledger's entries of edits that stand: not undone, not rolled back."""
-        return [e for e in self.ledger if not (e["undone"] or e.get("rolled_back"))]
-
     @torch.no_grad()
     def edit_losses(self, edits: list[Edit]) -> Tensor:
         """Return each edit's mean target NLL under the model as it is, nats [B]."""

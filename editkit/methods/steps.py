@@ -84,6 +84,10 @@ class StreamModule(L.LightningModule):
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take `stream_state` back."""
 
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the ledger's entries of edits that stand: not undone, not rolled back."""
+        return [e for e in self.ledger if not (e["undone"] or e.get("rolled_back"))]
+
     def configure_optimizers(self) -> None:
         """Have none: Lightning's mock optimiser is the clock, `descend` optimises."""
 
