@@ -1,7 +1,7 @@
 """Columns of one matrix that several edits change at once.
 
 Legend: E edits, k columns of an edit, C columns of any of them, D layer output, F layer input,
-B rows (the same number for each edit), T tokens.
+B rows (the same number for each edit), T tokens, N tokens that count.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ class Columns:
         parts = x_BTF.chunk(len(self.column_Ek))
         return [x[..., column].float() for x, column in zip(parts, self.column_Ek, strict=True)]
 
-    def read(self, x_BTF: Tensor, read_BT: Tensor) -> Tensor:
-        """Return what each edit's columns see of its own rows' tokens, fp32 [E, B / E * T, F].
+    def read(self, x_BTF: Tensor, read_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the edits' columns see of their rows' tokens that count (bool [B, T]).
 
-        Tokens that do not count (bool [B, T]) and other columns are 0.
+        Returns:
+            The inputs, 0 in all other columns, fp32 [N, F], and the edit of each, int64 [N].
         """
-        open_EF = torch.zeros(len(self.column_Ek), x_BTF.shape[2]).to(x_BTF.device, torch.float32)
+        edits = len(self.column_Ek)
+        edit_N = read_BT.nonzero()[:, 0] // (len(read_BT) // edits)
+        open_EF = torch.zeros(edits, x_BTF.shape[2]).to(x_BTF.device, torch.float32)
         open_EF.scatter_(1, self.column_Ek, 1.0)
-        x_BTF = x_BTF.float().masked_fill(~read_BT[..., None], 0)
-        return x_BTF.view(len(open_EF), -1, x_BTF.shape[2]) * open_EF[:, None]
+        return x_BTF[read_BT].float() * open_EF[edit_N], edit_N
 
     def products(self, inputs: list[Tensor]) -> Tensor:
         """Return what the columns add to the layer's output, fp32 [B, T, D], with gradients."""

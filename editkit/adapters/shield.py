@@ -28,13 +28,18 @@ class Shield(nn.Module):
         super().__init__()
         self.register_buffer("gram_FF", torch.zeros(0, 0, device=device, dtype=torch.float32))
 
-    def add(self, key_ENF: Tensor) -> None:
-        """Add inputs as edits read them; every edit weighs the same.
+    def add(self, key_NF: Tensor, edit_N: Tensor) -> None:
+        """Add inputs as edits read them, those of an edit weighing 1 in all.
 
         The matrix is replaced and never written in place: an old one stays what it was.
+
+        Args:
+            key_NF: The inputs, fp32.
+            edit_N: Whose they are, numbers from 0.
         """
-        key_ENF = key_ENF / key_ENF.square().sum((1, 2), keepdim=True).sqrt().clamp_min(1e-12)
-        key_NF = key_ENF.flatten(0, 1)
+        energy_N = key_NF.square().sum(1)
+        energy_E = energy_N.new_zeros(len(energy_N)).index_add(0, edit_N, energy_N)
+        key_NF = key_NF * energy_E[edit_N, None].clamp_min(1e-24).rsqrt()
         gram_FF = self.gram_FF if len(self.gram_FF) else key_NF.new_zeros(key_NF.shape[1:] * 2)
         self.gram_FF = torch.addmm(gram_FF, key_NF.T, key_NF)
 

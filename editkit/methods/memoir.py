@@ -26,10 +26,10 @@ Deviations:
     - Padding is told by the attention mask; the twelfth, unused row of the release is dropped.
 
 Beyond the paper: with `shield` s, an edit's gradient G is turned to G (1 + s C)^-1 before it is
-clipped, C being the second moments of the masked inputs, of length 1 for each earlier edit, from
-which their answers are read (`Shield`, `functional.solve.turned_away`). Old answers then hardly
-move. An edit made again is not held back by what it wrote. C costs F^2 fp32 (Llama-3-8B: 822 MB)
-and an edit k^3 / 3 operations.
+clipped, C being the second moments of the masked inputs from which earlier answers are read, of
+trace 1 for each edit (`Shield`, `functional.solve.turned_away`). Old answers then hardly move. An
+edit undone stays in C; one made again is not held back by what it wrote. C costs F^2 fp32
+(Llama-3-8B: 822 MB) and an edit k^3 / 3 operations.
 
 Undo is exact where locality is concerned: the edit's keys go, and its prompts are routed as if it
 had never been made, to the base model bit for bit where no other edit answers. The newest edit is
@@ -175,7 +175,7 @@ class MEMOIR(MemoryEdit):
         self.newest = [e.id for e in edits]
         keys.add_slots(mask_EW, self.newest, texts)
         if self.shield:
-            self.memory.shield.add(columns.read(rows.inputs_BTF, rows.tokens.predicts_BT))
+            self.memory.shield.add(*columns.read(rows.inputs_BTF, rows.tokens.predicts_BT))
         numbers = {"steps": float(steps), "loss": float(losses_E.mean())}
         numbers["self_match"] = self._self_match(edits, rows)
         added_AW, rates = self._add_rephrases(edits)

@@ -36,13 +36,15 @@ def test_the_output_for_what_was_read_moves_by_its_share_and_no_other_does(gener
 
 def test_every_edit_weighs_the_same_and_old_matrices_stay(generator):
     shield = Shield(torch.device("cpu"))
-    shield.add(torch.randn(1, 3, 8, generator=generator) * 100)
+    shield.add(torch.randn(3, 8, generator=generator) * 100, torch.zeros(3).long())
     before = shield.gram_FF
     kept = before.clone()
-    shield.add(torch.randn(2, 4, 8, generator=generator))
+    keys = torch.randn(4, 8, generator=generator) * 9
+    shield.add(keys, torch.tensor([0, 1, 1, 1]))
+    added = sum(part.T @ part / part.square().sum() for part in (keys[:1], keys[1:]))
+    assert torch.allclose(shield.gram_FF, kept + added, atol=1e-6)
     assert torch.equal(before, kept)
     assert torch.allclose(before.trace(), torch.tensor(1.0))
-    assert torch.allclose(shield.gram_FF.trace(), torch.tensor(3.0))
     again = Shield(torch.device("cpu"))
     again.load_state_dict(shield.state_dict())
     assert torch.equal(again.gram_FF, shield.gram_FF)
@@ -53,17 +55,18 @@ def test_an_edit_reads_its_own_columns_at_the_tokens_that_count(generator):
     columns = Columns(torch.zeros(2, 6), torch.tensor([[0, 2], [1, 5]]))
     read_BT = torch.zeros(4, 3, dtype=torch.bool)
     read_BT[1, 2] = read_BT[3, 0] = True
-    found_ENF = columns.read(x_BTF, read_BT)
-    wanted_ENF = torch.zeros(2, 6, 6)
-    wanted_ENF[0, 5, [0, 2]] = x_BTF[1, 2, [0, 2]]
-    wanted_ENF[1, 3, [1, 5]] = x_BTF[3, 0, [1, 5]]
-    assert torch.equal(found_ENF, wanted_ENF)
+    found_NF, edit_N = columns.read(x_BTF, read_BT)
+    wanted_NF = torch.zeros(2, 6)
+    wanted_NF[0, [0, 2]] = x_BTF[1, 2, [0, 2]]
+    wanted_NF[1, [1, 5]] = x_BTF[3, 0, [1, 5]]
+    assert torch.equal(found_NF, wanted_NF)
+    assert edit_N.tolist() == [0, 1]
 
 
 def test_only_edits_with_a_weight_are_turned_each_in_its_columns(generator):
     shield, column_Ek = Shield(torch.device("cpu")), torch.tensor([[0, 1], [1, 2]])
     assert shield.turns(column_Ek, [5.0, 5.0]) == []  # nothing was read yet
-    shield.add(torch.tensor([[[0.0, 1.0, 0.0]]]))
+    shield.add(torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0]))
     assert shield.turns(column_Ek, [0.0, 0.0]) == []
     columns = Columns(torch.zeros(2, 3), column_Ek, shield.turns(column_Ek, [0.0, 9.0]))
     loss = sum(leaf.sum() for leaf in columns.leaves)
