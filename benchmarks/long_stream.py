@@ -44,6 +44,10 @@ from editkit.methods.value_search import ValueSearch
 
 SHARED = Path(os.environ.get("EDITKIT_SHARED", Path(__file__).parents[2] / "shared"))
 LAYERS = [1, 2]
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "memit": {"ridge": 15000.0},
+    "memit_seq": {"ridge": 15000.0},
+}
 console = Console()
 
 
@@ -110,7 +114,7 @@ def stream(method: str, args: argparse.Namespace, cache: str) -> list[Stretch]:
     edits = list(data.edits)
     edited = editkit.load(
         str(args.model), method, layers=LAYERS, corpus=str(args.corpus), corpus_texts=2000,
-        cache=cache, search=ValueSearch(steps=args.steps),
+        cache=cache, search=ValueSearch(steps=args.steps), **ARGUMENTS.get(method, {}),
     )  # fmt: skip
     edited.method.start()
     found, size = [], max(args.edits // 20, args.batch)
