@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test figures browser clean
+.PHONY: quickstart test figures soak browser clean
 
 quickstart: $(STAMP)  ## edit the packaged model with a stream of edits and print the table
 	$(BIN)/editkit fit -c experiments/quickstart.yaml --run.overwrite true
@@ -18,6 +18,9 @@ test: $(STAMP) browser  ## lint, types, tests with coverage, notebooks
 
 figures: $(STAMP)  ## measure the README's table again (about 10 minutes)
 	$(BIN)/python experiments/figures.py
+
+soak: $(STAMP)  ## kill runs at random moments and compare their ends (minutes)
+	$(BIN)/python benchmarks/soak.py --kills 8 --signals KILL,TERM
 
 # Opens the report in tests. Debian's root gets it here; elsewhere those tests say what they miss.
 browser:
