@@ -211,7 +211,10 @@ def load_edited(
     ledger = folder / "edits.jsonl"
     if ledger.is_file():
         with ledger.open(encoding="utf-8") as file:
-            method.ledger = [json.loads(line) for line in file]
+            try:
+                method.ledger = [json.loads(line) for line in file]
+            except ValueError as error:
+                raise ValueError(f"{str(ledger)!r} is damaged ({error}); copy it again") from error
     return EditedLM(method)
 
 

@@ -23,7 +23,15 @@ from rich.console import Console
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
 from editkit.callbacks.conflicts import Conflicts
-from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, last_checkpoint, sweep, tidy
+from editkit.callbacks.folder import (
+    SUMMARY,
+    check_checkpoint,
+    claim,
+    keep_metrics,
+    last_checkpoint,
+    sweep,
+    tidy,
+)
 from editkit.callbacks.logger import kept_in_wandb, wandb_loggers
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
@@ -79,6 +87,13 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(Ability, "ability")
         parser.add_lightning_class_args(Canary, "canary")
         parser.add_lightning_class_args(Conflicts, "conflicts")
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse what is no checkpoint, before Lightning opens it; ours hold no arguments."""
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb else None
+        if path and path not in ("last", "best", "hpc"):
+            check_checkpoint(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the Trainer a CSV logger, checkpoints and a bar where the config names none."""

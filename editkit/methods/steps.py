@@ -180,9 +180,12 @@ class StreamModule(L.LightningModule):
         """Take the stream's state back.
 
         Raises:
-            ValueError: If the checkpoint was made on another base model or by another method.
+            ValueError: If the checkpoint is not editkit's, was made on another base model or by
+                another method.
         """
-        state = checkpoint["editkit"]
+        state = checkpoint.get("editkit")
+        if state is None:
+            raise ValueError("the checkpoint was not written by editkit; give one of this run")
         check_base(state["base"], self.spec)
         own = [f"{type(self).__module__}.{type(self).__qualname__}", self.init_args()]
         if state["method"] != own:
