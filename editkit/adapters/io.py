@@ -43,6 +43,19 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         temporary.write_text(lines, encoding="utf-8")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    with path.open(encoding="utf-8") as file:  # str.splitlines also splits at U+2028
+        try:
+            return [json.loads(line) for line in file]
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}); copy it again") from error
+
+
 def save_adapter(folder: Path, layers: dict[str, EditLayer], config: dict[str, Any]) -> None:
     """Write the tensors of all edit layers and the config that rebuilds them.
 
