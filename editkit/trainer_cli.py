@@ -166,6 +166,16 @@ class EditCLI(LightningCLI):
             raise
 
 
+class PlanCLI(EditCLI):
+    """Takes the arguments of a fit, and says what it would take."""
+
+    def fit(self, model: EditModule, **kwargs: Any) -> None:
+        """Predict instead of editing."""
+        from editkit.plan import forecast, told
+
+        Console().print(told(forecast(model, self.datamodule, self.trainer)), highlight=False)
+
+
 @rank_zero_only
 def tell(data: EditDataModule) -> None:
     """Show what came of a file or a Hub data set: rows in, used and refused, and what is asked."""
@@ -188,7 +198,7 @@ def report(folder: Path) -> None:
         Console().print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
-def run_trainer(args: list[str] | None) -> None:
+def run_trainer(args: list[str] | None, cli: type[EditCLI] = EditCLI) -> None:
     """Parse, build and run; `args` None takes the process's own.
 
     Raises:
@@ -204,10 +214,11 @@ def run_trainer(args: list[str] | None) -> None:
     warnings.filterwarnings("ignore", message="(?s).*ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*have overridden `transfer_batch_to_device`.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
     # devices have gathered the rows: what they log is the same on all
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
-        _run(args)
+        _run(args, cli)
     except MisconfigurationException as error:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
@@ -217,10 +228,10 @@ def run_trainer(args: list[str] | None) -> None:
         raise SystemExit(143) from error
 
 
-def _run(args: list[str] | None) -> None:
+def _run(args: list[str] | None, cli: type[EditCLI]) -> None:
     """Hand over to LightningCLI, whose parsers raise instead of exiting."""
     parser_kwargs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in VERBS}
-    EditCLI(
+    cli(
         EditModule,
         EditDataModule,
         subclass_mode_model=True,

@@ -6,6 +6,7 @@ one of one edit; each test below looks at one thing that came of it.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -177,9 +178,15 @@ def cases(tiny, located):
 
 @pytest.fixture(scope="module")
 def both(cases, edits, tiny, tmp_path_factory):
-    """What came of it on each of two devices."""
-    folder = tmp_path_factory.mktemp("pair")
-    mp.spawn(everywhere, args=(str(folder), cases, edits, tiny("llama")), nprocs=2)
+    """What came of it on each of two devices; workers of one test run share one pair."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "pair"
+    with (root / "pair.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            mp.spawn(everywhere, args=(str(folder), cases, edits, tiny("llama")), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
