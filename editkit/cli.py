@@ -26,6 +26,7 @@ VERBS = {
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
 OTHER_VERBS = ("plan",)  # with a command line of their own
 ALL_VERBS = (*TRAINER_VERBS, *VERBS, *OTHER_VERBS)
+EXTRAS = {"bitsandbytes": "editkit[quant]"}
 USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the options of a verb
 
   fit        apply a stream of edits and show what it did
@@ -52,6 +53,9 @@ def plain(message: str) -> str:
             f"option {option!r} is not accepted by {cls}; `editkit fit --model.help {cls}` or "
             f"`--data.help {cls}` lists its options"
         )
+    if found := re.search(r"Requirement '([A-Za-z0-9_]+)[^']*' not met", sentence):
+        package = EXTRAS.get(found[1], found[1])
+        return f"{found[1]} is asked for and not installed: pip install '{package}'"
     if "NoneType" in sentence:
         return sentence.split(" - Expected a <class 'NoneType'>")[0]
     return "; ".join(line.strip() for line in message.splitlines() if line.strip())
