@@ -1,6 +1,6 @@
 """ShardedBase: Lightning's strategy for a base model that is larger than one device.
 
-    editkit fit ... --trainer.devices 8 --trainer.strategy editkit.strategy.ShardedBase
+    editkit fit ... --trainer.devices 8 --trainer.strategy sharded
 
 The frozen weights lie in parts on all devices (FSDP2); edits, checkpoints and artefacts are whole,
 as on one device.

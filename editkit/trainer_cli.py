@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -40,6 +41,7 @@ from editkit.data.base import EditDataModule
 from editkit.data.records import RecordModule
 from editkit.methods.base import EditModule
 from editkit.report.page import write_report
+from editkit.strategy import ShardedBase
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "default_root_dir": "runs/run",
 }
+StrategyRegistry.register("sharded", ShardedBase, "parts a base model over all devices")
 VERBS = ("fit", "validate", "test", "predict")
 
 

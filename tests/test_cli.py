@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,32 @@ def test_a_run_killed_before_its_last_validation_still_gets_final_rows(fit, monk
     summary = json.loads(Path("runs/x/summary.json").read_text())
     assert summary["scores"]["reliability"]["nll"]["n"] == 6
     assert sum(r["moment"] == "final" for r in rows_of()) == 24
+
+
+@pytest.mark.parametrize("edits", [3, 6])
+def test_a_run_told_to_end_while_it_scores_goes_on(edits, fit, monkeypatch, capsys):
+    from editkit.callbacks.run_folder import RunFolder
+
+    asked = RunFolder.on_validation_start
+
+    def told(self, trainer, module):
+        if module.edits_seen == edits:
+            signal.raise_signal(signal.SIGTERM)
+        asked(self, trainer, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "on_validation_start", told)
+        with pytest.raises(SystemExit) as ended:
+            main(fit())
+    assert ended.value.code == 143
+    assert "go on with --ckpt_path last" in capsys.readouterr().err
+    assert main(fit("--ckpt_path=last")) == 0
+    summary = json.loads(Path("runs/x/summary.json").read_text())
+    assert summary["scores"]["reliability"]["nll"]["n"] == 6
+    moments = Counter((row["moment"], row["edits_seen"]) for row in rows_of())
+    assert moments == Counter(
+        {("milestone", 1): 4, ("milestone", 3): 12, ("final", 6): 24}
+    ) + Counter({("immediate", n): 4 for n in range(1, 7)})
 
 
 def test_a_failed_run_removes_only_its_own_folder(tmp_path):

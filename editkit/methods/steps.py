@@ -173,8 +173,9 @@ class StreamModule(L.LightningModule):
         }
         data = getattr(self.trainer, "datamodule", None)
         place = checkpoint.get(type(data).__qualname__, {})
-        if "batches" in place and place["edits_applied"] < len(data.edits):
-            set_position(checkpoint, place["batches"])
+        if place.get("batches"):
+            is_last = place["edits_applied"] >= len(data.edits)
+            set_position(checkpoint, place["batches"], is_last)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stream's state back.
