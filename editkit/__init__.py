@@ -8,9 +8,10 @@ from editkit.edits import Edit, Probe
 
 if TYPE_CHECKING:
     from editkit.api import EditedLM, load, load_edited
+    from editkit.composition import compose
 
 __version__ = "0.1.0"
-__all__ = ["Edit", "EditedLM", "Probe", "__version__", "load", "load_edited"]
+__all__ = ["Edit", "EditedLM", "Probe", "__version__", "compose", "load", "load_edited"]
 
 
 def __getattr__(name: str) -> object:
@@ -19,4 +20,8 @@ def __getattr__(name: str) -> object:
         from editkit import api
 
         return getattr(api, name)
+    if name == "compose":
+        from editkit.composition import compose
+
+        return compose
     raise AttributeError(f"module 'editkit' has no attribute {name!r}")

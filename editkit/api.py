@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import warnings
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 
-from editkit.adapters.io import write_lines
+from editkit.adapters.io import read_lines, write_lines
 from editkit.data.conflicts import ConflictIndex
 from editkit.edits import Edit, Probe
-from editkit.export import export_model
+from editkit.export import export_model, export_peft
 from editkit.lm.load import resolve_dtype
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import build_method, load_edits, save_edits
 from editkit.methods.base import EditModule
 from editkit.metrics.protocol import EvalProtocol
+
+FORMS = {"model": export_model, "peft": export_peft}
 
 
 class EditedLM:
@@ -149,13 +150,15 @@ class EditedLM:
         save_edits(folder, self.method)
         write_lines(folder / "edits.jsonl", self.ledger)
 
-    def export(self, folder: str | Path) -> None:
-        """Write a plain Hugging Face folder with the edits merged into the weights.
+    def export(self, folder: str | Path, form: Literal["model", "peft"] = "model") -> None:
+        """Write a plain Hugging Face folder with the edits merged in, or a PEFT adapter of them.
 
         Raises:
-            ValueError: If a layer depends on its input and cannot be merged.
+            ValueError: If a layer depends on its input and cannot be merged, or is of no low rank.
         """
-        export_model(self.lm, Path(folder))
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}; use one of {', '.join(FORMS)}")
+        FORMS[form](self.lm, Path(folder))
 
 
 def load(
@@ -210,8 +213,7 @@ def load_edited(
     method = load_edits(folder, lm, resolve_dtype(dtype, torch.float32), device, trust)
     ledger = folder / "edits.jsonl"
     if ledger.is_file():
-        with ledger.open(encoding="utf-8") as file:
-            method.ledger = [json.loads(line) for line in file]
+        method.ledger = read_lines(ledger)
     return EditedLM(method)
 
 

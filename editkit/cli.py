@@ -24,9 +24,13 @@ VERBS = {
     "report": verbs.report,
 }
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
+OTHER_VERBS = ("plan",)  # with a command line of their own
+ALL_VERBS = (*TRAINER_VERBS, *VERBS, *OTHER_VERBS)
+EXTRAS = {"bitsandbytes": "editkit[quant]"}
 USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the options of a verb
 
   fit        apply a stream of edits and show what it did
+  plan       say what a fit with the same options will take: memory, disk, time
   validate   ask the probes of an edited model again (also: test)
   predict    answer the probes' prompts with an edited model
   generate   answer a prompt with an edited model
@@ -49,6 +53,9 @@ def plain(message: str) -> str:
             f"option {option!r} is not accepted by {cls}; `editkit fit --model.help {cls}` or "
             f"`--data.help {cls}` lists its options"
         )
+    if found := re.search(r"Requirement '([A-Za-z0-9_]+)[^']*' not met", sentence):
+        package = EXTRAS.get(found[1], found[1])
+        return f"{found[1]} is asked for and not installed: pip install '{package}'"
     if "NoneType" in sentence:
         return sentence.split(" - Expected a <class 'NoneType'>")[0]
     return "; ".join(line.strip() for line in message.splitlines() if line.strip())
@@ -72,10 +79,12 @@ def main(args: list[str] | None = None) -> int:
             sys.stdout.write(f"editkit {__version__}\n")
         elif given in ([], ["-h"], ["--help"]):
             sys.stdout.write(USAGE)
-        elif not given[0].startswith("-") and given[0] not in (*TRAINER_VERBS, *VERBS):
-            raise ValueError(
-                f"no verb {given[0]!r}; there are {', '.join((*TRAINER_VERBS, *VERBS))}"
-            )
+        elif not given[0].startswith("-") and given[0] not in ALL_VERBS:
+            raise ValueError(f"no verb {given[0]!r}; there are {', '.join(ALL_VERBS)}")
+        elif given[0] == "plan":
+            from editkit.trainer_cli import PlanCLI, run_trainer
+
+            run_trainer(["fit", *given[1:]], PlanCLI)
         elif given and given[0] == "report":
             run_report(given[1:])
         elif given and given[0] in VERBS:

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -23,7 +24,15 @@ from rich.console import Console
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
 from editkit.callbacks.conflicts import Conflicts
-from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, last_checkpoint, sweep, tidy
+from editkit.callbacks.folder import (
+    SUMMARY,
+    check_checkpoint,
+    claim,
+    keep_metrics,
+    last_checkpoint,
+    sweep,
+    tidy,
+)
 from editkit.callbacks.logger import kept_in_wandb, wandb_loggers
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
@@ -32,6 +41,7 @@ from editkit.data.base import EditDataModule
 from editkit.data.records import RecordModule
 from editkit.methods.base import EditModule
 from editkit.report.page import write_report
+from editkit.strategy import ShardedBase
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +55,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "default_root_dir": "runs/run",
 }
+StrategyRegistry.register("sharded", ShardedBase, "parts a base model over all devices")
 VERBS = ("fit", "validate", "test", "predict")
 
 
@@ -79,6 +90,13 @@ class EditCLI(LightningCLI):
         parser.add_lightning_class_args(Ability, "ability")
         parser.add_lightning_class_args(Canary, "canary")
         parser.add_lightning_class_args(Conflicts, "conflicts")
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse what is no checkpoint, before Lightning opens it; ours hold no arguments."""
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb else None
+        if path and path not in ("last", "best", "hpc"):
+            check_checkpoint(Path(path))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Give the Trainer a CSV logger, checkpoints and a bar where the config names none."""
@@ -151,6 +169,16 @@ class EditCLI(LightningCLI):
             raise
 
 
+class PlanCLI(EditCLI):
+    """Takes the arguments of a fit, and says what it would take."""
+
+    def fit(self, model: EditModule, **kwargs: Any) -> None:
+        """Predict instead of editing."""
+        from editkit.plan import forecast, told
+
+        Console().print(told(forecast(model, self.datamodule, self.trainer)), highlight=False)
+
+
 @rank_zero_only
 def tell(data: EditDataModule) -> None:
     """Show what came of a file or a Hub data set: rows in, used and refused, and what is asked."""
@@ -173,7 +201,7 @@ def report(folder: Path) -> None:
         Console().print(f"report: {path}", highlight=False, soft_wrap=True)
 
 
-def run_trainer(args: list[str] | None) -> None:
+def run_trainer(args: list[str] | None, cli: type[EditCLI] = EditCLI) -> None:
     """Parse, build and run; `args` None takes the process's own.
 
     Raises:
@@ -189,10 +217,11 @@ def run_trainer(args: list[str] | None) -> None:
     warnings.filterwarnings("ignore", message="(?s).*ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*have overridden `transfer_batch_to_device`.*")
+    warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
     # devices have gathered the rows: what they log is the same on all
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
-        _run(args)
+        _run(args, cli)
     except MisconfigurationException as error:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
@@ -202,10 +231,10 @@ def run_trainer(args: list[str] | None) -> None:
         raise SystemExit(143) from error
 
 
-def _run(args: list[str] | None) -> None:
+def _run(args: list[str] | None, cli: type[EditCLI]) -> None:
     """Hand over to LightningCLI, whose parsers raise instead of exiting."""
     parser_kwargs: dict[str, Any] = {verb: {"exit_on_error": False} for verb in VERBS}
-    EditCLI(
+    cli(
         EditModule,
         EditDataModule,
         subclass_mode_model=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 NO_LAYERS = "no MLP brings anything back at the subject's last token: no causal_layers to propose"
 
@@ -74,19 +75,22 @@ def generate(
     Console().print(table)
 
 
-def export(run: Path, out: Path, trust: bool = False) -> None:
-    """Write an edited model as a plain Hugging Face folder.
+def export(
+    run: Path, out: Path, form: Literal["model", "peft"] = "model", trust: bool = False
+) -> None:
+    """Write an edited model as a plain Hugging Face folder, or its edits as a PEFT adapter.
 
     Args:
         run: Run folder.
         out: Folder to write; must be new or empty.
+        form: `model` for whole weights, `peft` for a LoRA adapter that PEFT loads on the base.
         trust: Allow a method class from outside editkit.
     """
     from rich.console import Console
 
     from editkit.api import load_edited
 
-    load_edited(run, trust=trust).export(out)
+    load_edited(run, trust=trust).export(out, form)
     Console().print(f"saved {out}; its logits equal the edited model's", highlight=False)
 
 

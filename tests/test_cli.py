@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,32 @@ def test_a_run_killed_before_its_last_validation_still_gets_final_rows(fit, monk
     assert sum(r["moment"] == "final" for r in rows_of()) == 24
 
 
+@pytest.mark.parametrize("edits", [3, 6])
+def test_a_run_told_to_end_while_it_scores_goes_on(edits, fit, monkeypatch, capsys):
+    from editkit.callbacks.run_folder import RunFolder
+
+    asked = RunFolder.on_validation_start
+
+    def told(self, trainer, module):
+        if module.edits_seen == edits:
+            signal.raise_signal(signal.SIGTERM)
+        asked(self, trainer, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "on_validation_start", told)
+        with pytest.raises(SystemExit) as ended:
+            main(fit())
+    assert ended.value.code == 143
+    assert "go on with --ckpt_path last" in capsys.readouterr().err
+    assert main(fit("--ckpt_path=last")) == 0
+    summary = json.loads(Path("runs/x/summary.json").read_text())
+    assert summary["scores"]["reliability"]["nll"]["n"] == 6
+    moments = Counter((row["moment"], row["edits_seen"]) for row in rows_of())
+    assert moments == Counter(
+        {("milestone", 1): 4, ("milestone", 3): 12, ("final", 6): 24}
+    ) + Counter({("immediate", n): 4 for n in range(1, 7)})
+
+
 def test_a_failed_run_removes_only_its_own_folder(tmp_path):
     from editkit.callbacks.folder import tidy
 
@@ -219,17 +247,6 @@ def test_a_failed_run_removes_only_its_own_folder(tmp_path):
 def test_unknown_verbs_are_named_with_the_known_ones(capsys):
     assert main(["fitt"]) == 1
     assert "no verb 'fitt'; there are fit, validate" in capsys.readouterr().err
-
-
-def test_weights_that_lack_a_tensor_are_refused(fit, tiny, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(tiny("llama"), tmp_path / "holes")
-    path = tmp_path / "holes" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.layers.2.mlp.down_proj.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
-    check_error(fit("--model.lm.id=./holes"), "lack 1 tensors", capsys)
 
 
 def test_validate_test_and_predict_probe_a_checkpoint(fit, capsys):
@@ -301,64 +318,6 @@ def test_every_method_yaml_binds(path, capsys):
     own = yaml.safe_load(path.read_text())
     assert printed["model"]["class_path"] == own["class_path"]
     assert is_part(own["init_args"], printed["model"]["init_args"])
-
-
-def check_error(args, match, capsys):
-    """The mistake ends in one sentence, a code that is not 0, and no folder."""
-    code = main(args)
-    err = capsys.readouterr().err
-    lines = [line for line in err.splitlines() if line.startswith("editkit: error:")]
-    assert code != 0
-    assert len(lines) == 1, err
-    assert match in lines[0]
-    assert "Traceback" not in err
-    assert not Path("runs").exists()
-
-
-def test_misspelt_option(fit, capsys):
-    match = "error: option 'lrr' is not accepted by editkit.methods.ft.FT; `editkit fit"
-    check_error(fit("--model.lrr=3"), match, capsys)
-
-
-def test_misspelt_method(fit, capsys):
-    check_error(fit("--model=editkit.methods.ft.FTT"), "FTT", capsys)
-
-
-def test_missing_file(fit, capsys):
-    check_error(fit("--data.path=nowhere.jsonl"), "nowhere.jsonl", capsys)
-
-
-def test_missing_model(fit, capsys):
-    check_error(fit("--model.lm.id=./nowhere"), "'./nowhere' does not exist", capsys)
-
-
-def test_subject_not_in_the_prompt(fit, capsys, tmp_path):
-    row = {"prompt": "the capital of Alba is", "target": "Rome", "subject": "Oslo"}
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row))
-    check_error(fit("--data.path=bad.jsonl"), "Oslo", capsys)
-
-
-def test_truncated_weights(fit, tiny, capsys, tmp_path):
-    shutil.copytree(tiny("llama"), tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    check_error(fit("--model.lm.id=./cut"), "truncated or damaged", capsys)
-
-
-def test_no_gpu(fit, capsys):
-    check_error(fit("--trainer.accelerator=gpu"), "gpu", capsys)
-
-
-def test_a_stream_applied_twice(fit, capsys):
-    check_error(fit("--trainer.max_epochs=2"), "max_epochs", capsys)
-
-
-def test_layer_that_is_not_there(fit, capsys):
-    check_error(fit("--model.layer=44"), "layer 44 is not in 0..3", capsys)
-
-
-def test_diverging_edit(fit, capsys):
-    check_error(fit("--model.lr=3e37"), "learning rate", capsys)
 
 
 @pytest.fixture(params=["16k", "48k", "80k", "96k"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from editkit.adapters.base import EditLayer
 
 FORMAT = 1
+NEEDED = ("tensors_sha256",)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -40,6 +41,19 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     with replacing(path) as temporary:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         temporary.write_text(lines, encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    with path.open(encoding="utf-8") as file:  # str.splitlines also splits at U+2028
+        try:
+            return [json.loads(line) for line in file]
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is damaged ({error}); copy it again") from error
 
 
 def save_adapter(folder: Path, layers: dict[str, EditLayer], config: dict[str, Any]) -> None:
@@ -67,23 +81,30 @@ def save_adapter(folder: Path, layers: dict[str, EditLayer], config: dict[str, A
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
     """Read an artefact's config.
 
+    Args:
+        folder: Folder of the artefact.
+        needed: Further names it must have.
+
     Raises:
-        ValueError: If the folder is no artefact, or was written by a newer editkit.
+        ValueError: If the folder is no artefact, is damaged, or was written by a newer editkit.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} has no {CONFIG}; give the folder of a finished run")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        newest = int(config.get("format", 0))
+        missing = [name for name in (*NEEDED, *needed) if name not in config]
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); save the run again") from error
-    if config.get("format", 0) > FORMAT:
+    if newest <= FORMAT and missing:
+        raise ValueError(f"{str(path)!r} is damaged (it lacks {missing}); save the run again")
+    if newest > FORMAT:
         raise ValueError(
-            f"{str(path)!r} has format {config['format']}, this editkit reads up to {FORMAT}; "
-            "upgrade editkit"
+            f"{str(path)!r} has format {newest}, this editkit reads up to {FORMAT}; upgrade editkit"
         )
     return config
 

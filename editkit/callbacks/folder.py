@@ -71,6 +71,20 @@ def last_checkpoint(folders: Iterable[Path]) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
+def check_checkpoint(path: Path) -> None:
+    """Refuse what cannot be gone on with.
+
+    Raises:
+        ValueError: If there is no checkpoint, or it was cut short.
+    """
+    if not path.exists():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist; give a file, or last")
+    if not (path.is_file() and is_zipfile(path)):
+        raise ValueError(
+            f"{str(path)!r} is no whole checkpoint; give another one, or last for the newest whole"
+        )
+
+
 @rank_zero_only
 def sweep(folder: Path) -> None:
     """Remove what a run that was killed was about to write under a temporary name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from editkit.adapters.io import replacing
+from editkit.adapters.io import read_lines, replacing
 
 
 @rank_zero_only
@@ -23,10 +23,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a file; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:  # str.splitlines also splits at U+2028
-        return [json.loads(line) for line in file]
+    return read_lines(path) if path.exists() else []
 
 
 def are_settled(row: Mapping[str, Any], edits_seen: int) -> bool:

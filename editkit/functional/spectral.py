@@ -144,3 +144,18 @@ def compressed(delta_DF: Tensor, largest: float) -> Tensor:
     squeezed_N = sigma_N.clamp_min(largest).log() - torch.log(sigma_N.new_tensor(largest)) + largest
     pressed_DF: Tensor = left_DN * torch.where(sigma_N > largest, squeezed_N, sigma_N) @ right_NF
     return pressed_DF
+
+
+def low_rank(matrix_DF: Tensor, tolerance: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """Split a matrix into factors [D, R] and [R, F] of the rank R it has (Eckart and Young, 1936).
+
+    Args:
+        matrix_DF: The matrix.
+        tolerance: Singular values at or below this part of the largest are rounding; none of a
+            matrix of zeros is left but one.
+    """
+    left_DR, values_R, right_RF = torch.linalg.svd(matrix_DF.double(), full_matrices=False)
+    rank = max(1, int((values_R > tolerance * values_R[0]).sum()))
+    root_R = values_R[:rank].sqrt()
+    factors = left_DR[:, :rank] * root_R, root_R[:, None] * right_RF[:rank]
+    return factors[0].to(matrix_DF.dtype), factors[1].to(matrix_DF.dtype)

@@ -130,7 +130,8 @@ def _weight_sample(lm: EditableLM) -> str:
     sampled = {}
     for name, weight in lm.model.named_parameters():
         if not name.startswith(wrapped) or ".base_layer." in name:
-            picked = weight.detach().reshape(-1)[:: max(1, weight.numel() // SAMPLED)]
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            picked = whole.detach().reshape(-1)[:: max(1, whole.numel() // SAMPLED)]
             sampled[name.replace(".base_layer.", ".")] = picked.double().cpu().numpy().tobytes()
     for name in sorted(sampled):
         digest.update(name.encode() + sampled[name])

@@ -66,6 +66,29 @@ def load_pretrained(spec: LMSpec, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_blank(spec: LMSpec, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a spec, the model with shapes and no numbers.
+
+    Raises:
+        ValueError: If the config is not there, or is of no causal LM.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    _check_folder(spec)
+    shared = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(spec.path, **shared)
+        tokenizer = AutoTokenizer.from_pretrained(spec.path, **shared)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=spec.trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"cannot plan for model {spec.id!r}: {first}") from error
+    return model.to(dtype), tokenizer
+
+
 def _check_folder(spec: LMSpec) -> None:
     """Refuse a path that looks local and is no model folder, before transformers asks the Hub."""
     path = Path(spec.path)

@@ -93,7 +93,7 @@ def load_edits(
     Raises:
         ValueError: If the artefact is damaged, from another base, or not trusted.
     """
-    config = read_config(folder)
+    config = read_config(folder, ("class_path", "init_args", "lm", "base", "edits_seen"))
     spec = lm or LMSpec(**config["lm"])
     if lm is None and spec.trust_remote_code and not trust:
         raise ValueError(

@@ -23,6 +23,7 @@ from torch import Tensor
 from editkit.edits import Edit, Probe
 from editkit.functional.losses import target_nll
 from editkit.lm.editable import EditableLM
+from editkit.lm.shard import shard
 from editkit.lm.spec import LMSpec
 from editkit.methods.steps import StreamModule
 from editkit.metrics.evaluate import ProbeRow, score_probes
@@ -92,6 +93,7 @@ class EditModule(StreamModule, ABC):
             dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
             with agreed():
                 self.lm = EditableLM.load(self.spec, dtypes.get(precision, torch.float32))
+                shard(self.lm, self._device_mesh)
                 self.attach()
 
     @final
@@ -116,8 +118,7 @@ class EditModule(StreamModule, ABC):
         if not self.is_prepared:  # outside a Trainer
             self.start()
         started = time.perf_counter()
-        layers = self.lm.layers.values()
-        for layer in layers:
+        for layer in (layers := [*self.lm.layers.values()]):
             layer.moved = 0.0
         with self._discard_on_error(), agreed():
             before_B = self.edit_losses(edits)
@@ -167,14 +168,13 @@ class EditModule(StreamModule, ABC):
             part = own[start : start + size]
             tokens = self.lm.encode([e.prompt for e in part], [e.target for e in part])
             logits_NV = self.lm.target_logits(tokens)
-            ids_N, rows_N = tokens.target_ids_N, tokens.target_rows_N
-            losses.append(target_nll(logits_NV, ids_N, rows_N, len(part)))
+            where = tokens.target_ids_N, tokens.target_rows_N
+            losses.append(target_nll(logits_NV, *where, len(part)))
         return ranks.gather(torch.cat(losses), len(edits))
 
     def score(self, probes: list[Probe]) -> list[ProbeRow]:
         """Score the probes whose edits are applied and stand; one row per probe and kind."""
-        asked = [p for p in probes if p.is_due(self.edits_seen)]
-        return self.score_by(self.evaluation, asked) if asked else []
+        return self.score_by(self.evaluation, [p for p in probes if p.is_due(self.edits_seen)])
 
     def score_unedited(self, probes: list[Probe]) -> list[ProbeRow]:
         """Score probes on the unedited model, and keep the answers that later scores need."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def set_position(checkpoint: dict[str, Any], batches: int) -> None:
+def set_position(checkpoint: dict[str, Any], batches: int, is_last: bool) -> None:
     """Make a checkpoint say that `batches` batches of its epoch are done and others are ahead.
 
     Args:
         checkpoint: What Lightning is about to write; changed in place, to what it holds when it is
             written at the end of a batch in mid-epoch.
-        batches: Edit batches that are applied, fewer than the stream has.
+        batches: Edit batches that are applied.
+        is_last: Whether they are all; what comes behind the last one is then still ahead.
     """
     done = {"ready": batches, "started": batches, "processed": batches}
     batch = {**done, "completed": max(batches - 1, 0)}  # Lightning adds the last one on resuming
@@ -26,7 +27,7 @@ def set_position(checkpoint: dict[str, Any], batches: int) -> None:
     loop["epoch_loop.batch_progress"] = {
         "total": dict(batch),
         "current": dict(batch),
-        "is_last_batch": False,
+        "is_last_batch": is_last,
     }
     loop["epoch_loop.manual_optimization.optim_step_progress"] = {
         "total": dict(step),

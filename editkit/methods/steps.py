@@ -173,16 +173,20 @@ class StreamModule(L.LightningModule):
         }
         data = getattr(self.trainer, "datamodule", None)
         place = checkpoint.get(type(data).__qualname__, {})
-        if "batches" in place and place["edits_applied"] < len(data.edits):
-            set_position(checkpoint, place["batches"])
+        if place.get("batches"):
+            is_last = place["edits_applied"] >= len(data.edits)
+            set_position(checkpoint, place["batches"], is_last)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stream's state back.
 
         Raises:
-            ValueError: If the checkpoint was made on another base model or by another method.
+            ValueError: If the checkpoint is not editkit's, was made on another base model or by
+                another method.
         """
-        state = checkpoint["editkit"]
+        state = checkpoint.get("editkit")
+        if state is None:
+            raise ValueError("the checkpoint was not written by editkit; give one of this run")
         check_base(state["base"], self.spec)
         own = [f"{type(self).__module__}.{type(self).__qualname__}", self.init_args()]
         if state["method"] != own:

@@ -1,7 +1,5 @@
 """The artefact: whole or refused."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -37,28 +35,6 @@ def test_round_trip_is_exact_and_leaves_no_temporary_file(folder, layer):
     assert torch.equal(fresh.delta, layer.delta)
     assert read_config(folder)["edits_seen"] == 3
     assert sorted(p.name for p in folder.iterdir()) == [CONFIG, TENSORS]
-
-
-def test_truncated_tensors_are_refused(folder):
-    path = folder / TENSORS
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="truncated or was changed"):
-        load_adapter(folder, {"a.b": DeltaLayer(nn.Linear(3, 5))})
-
-
-def test_missing_damaged_and_newer_files_are_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
-        read_config(tmp_path)
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "format": 99}))
-    with pytest.raises(ValueError, match=r"format 99, this editkit reads up to 1"):
-        read_config(folder)
-    (folder / CONFIG).write_text('{"format": ')
-    with pytest.raises(ValueError, match="is damaged"):
-        read_config(folder)
-    (folder / TENSORS).unlink()
-    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
-        load_adapter(folder, {})
 
 
 def test_tensors_and_layers_must_match():

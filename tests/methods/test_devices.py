@@ -6,6 +6,7 @@ one of one edit; each test below looks at one thing that came of it.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -27,11 +28,13 @@ from editkit.methods.artefact import build_method
 from editkit.methods.ft import FT
 from editkit.metrics.protocol import EvalProtocol
 from editkit.parallel import RankError, Ranks, agreed
+from editkit.strategy import ShardedBase
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "experiments" / "method").glob("*.yaml"))
 ARCHITECTURES = ["llama", "gpt2"]
 CASES = [f"{path.stem}-{ARCHITECTURES[i % 2]}" for i, path in enumerate(YAMLS)]
+SHARDED = [case for case in CASES if case.startswith(("memit-", "memoir-"))]
 STEPS = 10  # rounding grows with the steps of a descent, on one device as on two
 
 
@@ -63,7 +66,7 @@ def probes_of(edits):
     return asked + [Probe(f"l{e.id}", e.id, "locality", f"a town in {e.subject}") for e in edits]
 
 
-def outcome(case, edits, folder):
+def outcome(case, edits, folder, strategy="ddp"):
     """Edit under a Trainer, then say what came of it."""
     import lightning as L
 
@@ -72,19 +75,22 @@ def outcome(case, edits, folder):
     class_path, model, arguments = case
     spec, evaluation = LMSpec(id=model), EvalProtocol(max_new_tokens=4)
     method = build_method(class_path, lm=spec, evaluation=evaluation, **arguments)
-    several = {"devices": 2, "strategy": "ddp"} if Ranks.present().size > 1 else {"devices": 1}
+    several = {"devices": 2, "strategy": strategy} if Ranks.present().size > 1 else {"devices": 1}
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, num_sanity_val_steps=0, limit_val_batches=0,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         use_distributed_sampler=False, default_root_dir=folder, **several,
     )  # fmt: skip
-    method.configure_model()
     rows_run = []
 
     def note(module, args, kwargs):
         rows_run.append(len((*args, *kwargs.values())[0]))
 
-    method.lm.blocks[-1].register_forward_pre_hook(note, with_kwargs=True)
+    class Count(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.lm.blocks[-1].register_forward_pre_hook(note, with_kwargs=True)
+
+    trainer.callbacks.append(Count())
     trainer.fit(method, Stream(edits, edits_per_step=3))
     edited_by = sum(rows_run)
     rows = method.score(probes_of(edits))
@@ -95,6 +101,7 @@ def outcome(case, edits, folder):
         "losses": losses,
         "rows_run": edited_by,
         "references": method.references.state_dict(),
+        "parted": sum(hasattr(w, "placements") for w in method.lm.model.parameters()),
     }
 
 
@@ -122,6 +129,8 @@ def everywhere(rank, folder, cases, edits, torn):
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "", "MASTER_PORT": "0"}
     os.environ |= {"GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     found = {name: outcome(case, edits, folder) for name, case in cases.items()}
+    for name in SHARDED:
+        found[f"parts of {name}"] = outcome(cases[name], edits, folder, ShardedBase())
     leaf = torch.zeros(2, requires_grad=True)
     ranks = Ranks.present()
 
@@ -177,9 +186,15 @@ def cases(tiny, located):
 
 @pytest.fixture(scope="module")
 def both(cases, edits, tiny, tmp_path_factory):
-    """What came of it on each of two devices."""
-    folder = tmp_path_factory.mktemp("pair")
-    mp.spawn(everywhere, args=(str(folder), cases, edits, tiny("llama")), nprocs=2)
+    """What came of it on each of two devices; workers of one test run share one pair."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / "pair"
+    with (root / "pair.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            mp.spawn(everywhere, args=(str(folder), cases, edits, tiny("llama")), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -208,6 +223,15 @@ def test_two_devices_give_the_edited_model_that_one_gives(case, both, alone):
         assert row["scores"] == pytest.approx(right["scores"], **close)
     assert found["references"] == expected["references"]
     assert found["rows_run"] < expected["rows_run"]
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_a_base_model_in_parts_gives_the_edited_model_of_a_whole_one(case, both, alone):
+    expected, found = alone(case), both[0][f"parts of {case}"]
+    assert found["parted"] > 0
+    assert expected["parted"] == 0
+    assert distance(found["state"], expected["state"]) < 1e-4
+    assert [row["answer"] for row in found["rows"]] == [row["answer"] for row in expected["rows"]]
 
 
 @pytest.mark.parametrize("case", CASES)

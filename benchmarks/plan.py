@@ -1,0 +1,106 @@
+"""What `editkit plan` predicts of memory, beside what a run then takes.
+
+    python benchmarks/plan.py          three methods on a random Llama of 166 million parameters
+
+Each plan and each run is a process of its own, on the CPU; the run's peak is its `summary.json`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from editkit.lm.spec import LMSpec
+
+ROOT = Path(__file__).parents[1]
+WIDTHS = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
+    "vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
+CONFIGS = {
+    "ft": ["--model.steps=3"],
+    "memit": ["--model.search.steps=3", "--model.layers=[2,3,4]"],
+    "memoir": ["--model.steps=2"],
+}
+
+
+def make_model(folder: Path) -> None:
+    """Write a random model with fact-world's tokenizer."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **WIDTHS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(LMSpec().path).save_pretrained(folder)
+
+
+def options(folder: Path, method: str) -> list[str]:
+    """Return what plan and fit are both called with."""
+    found = [
+        f"--model={ROOT}/experiments/method/{method}.yaml", f"--model.lm.id={folder / 'model'}",
+        f"--data={ROOT}/experiments/data/jsonl.yaml", f"--data.path={folder / 'edits.jsonl'}",
+        "--data.edits_per_step=2", "--trainer.accelerator=cpu", "--run.immediate=false",
+        "--model.evaluation.max_new_tokens=3", f"--trainer.default_root_dir={folder / method}",
+        "--trainer.enable_progress_bar=false", *CONFIGS[method],
+    ]  # fmt: skip
+    if method != "ft":
+        found.append(f"--model.corpus={folder / 'corpus.txt'}")
+    return found
+
+
+def run(*args: str) -> str:
+    """Run editkit in a process of its own and return what it says."""
+    command = [sys.executable, "-m", "editkit", *args]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def compare() -> None:
+    """Plan, run, and show both peaks."""
+    table = Table("method", "predicted GiB", "measured GiB", "predicted / measured")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_model(folder / "model")
+        words = [
+            "the",
+            "capital",
+            "of",
+            "every",
+            "land",
+            "is",
+            "a",
+            "town",
+            "where",
+            "someone",
+            "lives",
+            "and",
+            "works",
+        ]
+        corpus = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+        (folder / "corpus.txt").write_text("\n".join(corpus * 3))
+        rows = [
+            {"prompt": f"the capital of {subject} is", "target": "Oslo", "subject": subject}
+            for subject in ("Alba", "Bera", "Cora", "Dora")
+        ]
+        (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        for method in CONFIGS:
+            said = run("plan", *options(folder, method))
+            found = re.search(r"([\d.]+) GiB  at most in memory", said)
+            assert found is not None, said
+            run("fit", *options(folder, method))
+            summary = json.loads((folder / method / "summary.json").read_text())
+            predicted, measured = float(found[1]), summary["peak_memory_bytes"] / 2**30
+            ratio = f"{predicted / measured:.2f}"
+            table.add_row(method, f"{predicted:.2f}", f"{measured:.2f}", ratio)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    compare()
