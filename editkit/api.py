@@ -21,8 +21,6 @@ from editkit.methods.artefact import build_method, load_edits, save_edits
 from editkit.methods.base import EditModule
 from editkit.metrics.protocol import EvalProtocol
 
-FORMS = {"model": export_model, "peft": export_peft}
-
 
 class EditedLM:
     """A language model that takes corrections one after another.
@@ -153,12 +151,12 @@ class EditedLM:
     def export(self, folder: str | Path, form: Literal["model", "peft"] = "model") -> None:
         """Write a plain Hugging Face folder with the edits merged in, or a PEFT adapter of them.
 
-        Raises:
-            ValueError: If a layer depends on its input and cannot be merged, or is of no low rank.
+        A ValueError says why a layer cannot be merged, or is of no low rank.
         """
-        if form not in FORMS:
-            raise ValueError(f"form is {form!r}; use one of {', '.join(FORMS)}")
-        FORMS[form](self.lm, Path(folder))
+        write = {"model": export_model, "peft": export_peft}
+        if form not in write:
+            raise ValueError(f"form is {form!r}; use model or peft")
+        write[form](self.lm, Path(folder))
 
 
 def load(
