@@ -21,9 +21,12 @@ VERBS = {
     "generate": verbs.generate,
     "export": verbs.export,
     "lm-eval": verbs.lm_eval,
+    "study": verbs.study,
     "report": verbs.report,
 }
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
+OTHER_VERBS = ("retain",)  # with a command line of their own
+ALL_VERBS = (*TRAINER_VERBS, *VERBS, *OTHER_VERBS)
 USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the options of a verb
 
   fit        apply a stream of edits and show what it did
@@ -31,6 +34,8 @@ USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the opti
   predict    answer the probes' prompts with an edited model
   generate   answer a prompt with an edited model
   inspect    list a model's editable sites and propose layers
+  retain     fine-tune an edited model on something else and measure what is left of its edits
+  study      run a grid of methods, objectives and remedies, one table and one page
   trace      show which layers and tokens carry facts, and propose layers to edit
   export     write an edited model as a plain Hugging Face folder
   report     draw runs side by side in one HTML file
@@ -72,10 +77,12 @@ def main(args: list[str] | None = None) -> int:
             sys.stdout.write(f"editkit {__version__}\n")
         elif given in ([], ["-h"], ["--help"]):
             sys.stdout.write(USAGE)
-        elif not given[0].startswith("-") and given[0] not in (*TRAINER_VERBS, *VERBS):
-            raise ValueError(
-                f"no verb {given[0]!r}; there are {', '.join((*TRAINER_VERBS, *VERBS))}"
-            )
+        elif not given[0].startswith("-") and given[0] not in ALL_VERBS:
+            raise ValueError(f"no verb {given[0]!r}; there are {', '.join(ALL_VERBS)}")
+        elif given[0] == "retain":
+            from editkit.retention.cli import run_retain
+
+            run_retain(given[1:])
         elif given and given[0] == "report":
             run_report(given[1:])
         elif given and given[0] in VERBS:

@@ -25,6 +25,7 @@ from editkit.functional.losses import target_nll
 from editkit.lm.editable import EditableLM
 from editkit.lm.spec import LMSpec
 from editkit.methods.steps import StreamModule
+from editkit.methods.wordings import check_counts, expanded
 from editkit.metrics.evaluate import ProbeRow, score_probes
 from editkit.metrics.protocol import EvalProtocol
 from editkit.parallel import agreed, from_all_ranks, ranks_of
@@ -43,12 +44,18 @@ class EditModule(StreamModule, ABC):
         lm: Model to edit.
         evaluation: How probes are scored.
         seed: Seed of whatever the method samples.
+        paraphrases: Rephrases of each edit to write with it, as if each were an edit of its own.
+        repeats: How often to write each edit once more, a control of equal cost for paraphrases.
     """
 
     why_no_undo = "its edits share weights, so one cannot be taken out without the others"
 
-    def __init__(self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0) -> None:
+    def __init__(
+        self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0, paraphrases: int = 0,
+        repeats: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(lm, evaluation, seed)
+        self.paraphrases, self.repeats = check_counts(paraphrases, repeats)
 
     # what a method implements
 
@@ -61,7 +68,10 @@ class EditModule(StreamModule, ABC):
 
     @abstractmethod
     def edit(self, edits: list[Edit]) -> dict[str, float]:
-        """Write a batch of edits into the edit layers; return numbers to log."""
+        """Write a batch of edits into the edit layers; return numbers to log.
+
+        With paraphrases or repeats, several of a batch have one id.
+        """
 
     def finish(self) -> None:
         """Close the stream, after its last edit."""
@@ -116,12 +126,13 @@ class EditModule(StreamModule, ABC):
         if not self.is_prepared:  # outside a Trainer
             self.start()
         started = time.perf_counter()
+        written = expanded(edits, self.paraphrases, self.repeats)
         layers = self.lm.layers.values()
         for layer in layers:
             layer.moved = 0.0
         with self._discard_on_error(), agreed():
             before_B = self.edit_losses(edits)
-            numbers = self.edit(edits)
+            numbers = self.edit(written)
             after_B = self.edit_losses(edits)
         norm = sum(layer.moved**2 for layer in layers) ** 0.5
         seconds = time.perf_counter() - started

@@ -165,7 +165,7 @@ class LocateThenEdit(EditModule):
         parts = [[edit] for edit in edits] if self.one_by_one else [edits]
         numbers = [self._edit_together(part) for part in parts]
         self._commit()
-        self.known += len(edits)
+        self.known += len({edit.id for edit in edits})
         means = {name: sum(n[name] for n in numbers) / len(numbers) for name in numbers[0]}
         return means | {f"change/{s.layer}": self.deltas[s.path].moved for s in self.sites}
 
