@@ -187,7 +187,7 @@ class LocateThenEdit(EditModule):
             numbers[f"residual/{site.layer}"] = float(resid_DE.norm())
         self.settle()
         for site in self.sites:
-            draft = self.drafts[site.path].settled(self._delta(site), len(edits))
+            draft = self.drafts[site.path].settled(self._delta(site), len(set(self.ids)))
             self.drafts[site.path] = draft
             numbers |= {f"{k}/{site.layer}": v for k, v in draft.numbers().items()}
         return numbers
