@@ -89,6 +89,12 @@ def edited(base, edits, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def tiny_options() -> list[str]:
+    """Options that make a run small."""
+    return TINY
+
+
+@pytest.fixture
 def retain(edited, texts, facts, tmp_path, monkeypatch):
     """Run `editkit retain` on the tiny run; returns exit code and folder."""
     monkeypatch.setenv("EDITKIT_TRACEBACK", "")
