@@ -82,7 +82,8 @@ class Watch(Callback):
             self.before = Before.load(self.folder / LOOK)
             return
         with Still(pl_module):
-            pl_module.note_start([*self.objective.examples, *self.objective.tests], 64)
+            rows = dict.fromkeys([*self.objective.plan, *self.objective.tests])
+            pl_module.note_start([*rows], questions.evaluation.batch_size)
             with method.lm.unedited():
                 self._note("downstream_base", pl_module)
                 base = ask_base(method, questions.items, questions.faithful)

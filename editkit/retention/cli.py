@@ -34,6 +34,7 @@ from editkit.retention.result import control_key, write_result
 from editkit.retention.settings import Settings, parser
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
+from editkit.trainer_cli import no_orphans
 
 ITEMS, CONFIG, SUMMARY = "probes.jsonl", "config.yaml", "summary.json"
 
@@ -120,7 +121,8 @@ class Retention:
         seed_everything(self.config.seed_everything, verbose=False)
         trainer = self._trainer(arm, folder)
         resumed = checkpoint_of(folder)
-        trainer.fit(module, datamodule=self.objective, ckpt_path=resumed)
+        with no_orphans(trainer):
+            trainer.fit(module, datamodule=self.objective, ckpt_path=resumed)
         if trainer.interrupted:
             raise KeyboardInterrupt
 

@@ -171,12 +171,24 @@ class Objective(LightningDataModule, ABC):
                 f"{1 / self.batch_size:.3g} or more"
             )
         fresh = _dealt(self.examples, rng)
-        again = _dealt(_replayed(run), rng) if replayed else iter(())
+        again = _dealt(self._replayed(run), rng) if replayed else iter(())
         plan = []
         for _ in range(self.steps):
             plan += [next(fresh) for _ in range(self.batch_size - replayed)]
             plan += [next(again) for _ in range(replayed)]
         return plan
+
+    def _replayed(self, run: EditedRun) -> list[Example]:
+        """Return the edits and the wordings that may be trained on, as rows of this objective.
+
+        Raises:
+            ValueError: If its rows are pairs of answers, which an edit is not.
+        """
+        if self.loss == "preference":
+            raise ValueError("data.replay is for rows with one answer; preferences have two")
+        told = [(p, e.target) for e in run.standing.values() for p in (e.prompt, *e.rephrases)]
+        is_text = self.loss == "text"
+        return [Example("", f"{p} {t}") if is_text else Example(p, t) for p, t in told]
 
     def _from_files(self) -> tuple[list[Example], list[Example]]:
         """Read rows to train on and rows to test on; no row is in both."""
@@ -214,12 +226,6 @@ def _dealt(rows: Sequence[Example], rng: Random) -> Iterator[Example]:
     """Yield rows without end, shuffled anew each time round."""
     while True:
         yield from rng.sample(rows, len(rows))
-
-
-def _replayed(run: EditedRun) -> list[Example]:
-    """Return the edits and the wordings that may be trained on, as rows."""
-    edits = run.standing.values()
-    return [Example(p, e.target) for e in edits for p in (e.prompt, *e.rephrases)]
 
 
 def text_of(record: Record, *names: str) -> str:

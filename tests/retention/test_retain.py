@@ -102,6 +102,8 @@ def test_a_killed_arm_goes_on_and_ends_the_same(retain, monkeypatch):
     assert code == 0
     assert lines_of(cut) == lines_of(straight)
     assert summary_of(cut)["drift"] == summary_of(straight)["drift"]
+    assert not list(cut.rglob("*.ckpt"))
+    assert not list(cut.rglob("*.safetensors"))
 
 
 def test_controls_are_shared_by_runs_that_differ_in_nothing_they_depend_on(retain, tmp_path):
