@@ -21,10 +21,11 @@ VERBS = {
     "generate": verbs.generate,
     "export": verbs.export,
     "lm-eval": verbs.lm_eval,
+    "study": verbs.study,
     "report": verbs.report,
 }
 TRAINER_VERBS = ("fit", "validate", "test", "predict")
-OTHER_VERBS = ("plan",)  # with a command line of their own
+OTHER_VERBS = ("plan", "retain")  # with a command line of their own
 ALL_VERBS = (*TRAINER_VERBS, *VERBS, *OTHER_VERBS)
 EXTRAS = {"bitsandbytes": "editkit[quant]"}
 USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the options of a verb
@@ -35,6 +36,8 @@ USAGE = """usage: editkit VERB [options]      editkit VERB --help shows the opti
   predict    answer the probes' prompts with an edited model
   generate   answer a prompt with an edited model
   inspect    list a model's editable sites and propose layers
+  retain     fine-tune an edited model on something else and measure what is left of its edits
+  study      run a grid of methods, objectives and remedies, one table and one page
   trace      show which layers and tokens carry facts, and propose layers to edit
   export     write an edited model as a plain Hugging Face folder
   report     draw runs side by side in one HTML file
@@ -85,6 +88,10 @@ def main(args: list[str] | None = None) -> int:
             from editkit.trainer_cli import PlanCLI, run_trainer
 
             run_trainer(["fit", *given[1:]], PlanCLI)
+        elif given[0] == "retain":
+            from editkit.retention.cli import run_retain
+
+            run_retain(given[1:])
         elif given and given[0] == "report":
             run_report(given[1:])
         elif given and given[0] in VERBS:

@@ -139,7 +139,7 @@ class EditCLI(LightningCLI):
             else:
                 keep_metrics(folder)
             sweep(folder)
-            with kept_in_wandb(self.trainer.loggers, folder), self._no_orphans():
+            with kept_in_wandb(self.trainer.loggers, folder), no_orphans(self.trainer):
                 self.trainer.fit(model, **kwargs)
                 report(folder)
 
@@ -157,16 +157,17 @@ class EditCLI(LightningCLI):
             log.warning("no checkpoint in %s yet: beginning at the first edit", folder)
         return (str(found), False) if found else (None, not (folder / SUMMARY).exists())
 
-    @contextmanager
-    def _no_orphans(self) -> Iterator[None]:
-        """End the processes of the other devices where this one fails: they would wait for it."""
-        try:
-            yield
-        except BaseException:
-            for process in getattr(self.trainer.strategy.launcher, "procs", []):
-                if isinstance(process, subprocess.Popen):
-                    process.kill()
-            raise
+
+@contextmanager
+def no_orphans(trainer: Trainer) -> Iterator[None]:
+    """End the processes of the other devices where this one fails: they would wait for it."""
+    try:
+        yield
+    except BaseException:
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            if isinstance(process, subprocess.Popen):
+                process.kill()
+        raise
 
 
 class PlanCLI(EditCLI):

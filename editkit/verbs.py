@@ -221,3 +221,22 @@ def lm_eval(
     console.print(score_table(found))
     if out:
         console.print(f"saved {out}", highlight=False)
+
+
+def study(
+    path: Path, out: Path | None = None, jobs: int = 1, only: str = "", dry_run: bool = False
+) -> None:
+    """Run a grid of methods, objectives, remedies and seeds; one table and one page of all.
+
+    Runs that are done are not run again, so a killed study goes on where it was.
+
+    Args:
+        path: YAML of the study, such as experiments/studies/factworld.yaml.
+        out: Folder for its runs, table and page; none takes runs/studies/NAME.
+        jobs: Runs at once.
+        only: Run only what has this in its name, such as `memit-`; edited models come along.
+        dry_run: List the runs and do nothing.
+    """
+    from editkit.study.verb import run_study
+
+    run_study(Path(path), out, jobs, only, dry_run)

@@ -11,14 +11,12 @@ import argparse
 import csv
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
 
 from editkit.metrics.intervals import estimate
+from editkit.study.cells import Cell, run_cells, slug
 
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = ROOT / "runs" / "grids", ROOT / "experiments" / "results"
@@ -30,31 +28,16 @@ def cells(grid: dict) -> list[tuple[str, int]]:
     return [(method, seed) for seed in grid["seeds"] for method in grid["methods"]]
 
 
-def slug(method: str) -> str:
-    """Return a folder name for a method's label."""
-    return "".join(c if c.isalnum() else "-" for c in method.lower())
-
-
-def run(name: str, grid: dict, method: str, seed: int) -> Path:
-    """Run one cell unless it is done, and return its folder."""
+def cell_of(name: str, grid: dict, method: str, seed: int) -> Cell:
+    """Return the run of one method and seed."""
     folder = RUNS / name / f"{slug(method)}-{seed}"
-    if (folder / "summary.json").exists():
-        return folder
     path, *options = grid["methods"][method]
-    command = [
-        sys.executable, "-m", "editkit", "fit", f"--model={path}", *grid.get("options", []),
+    args = [
+        "fit", f"--model={path}", *grid.get("options", []),
         *options, f"--model.seed={seed}", f"--data.seed={seed}", f"--seed_everything={seed}",
         f"--trainer.default_root_dir={folder.relative_to(ROOT)}", "--run.overwrite=true",
     ]  # fmt: skip
-    log = folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with log.open("w") as file:
-        code = subprocess.run(
-            command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, **threads}
-        ).returncode
-    print(f"{'done' if code == 0 else 'FAILED'}  {method}, seed {seed}  ({log})", flush=True)
-    return folder
+    return Cell(f"{method}, seed {seed}", folder, tuple(args))
 
 
 def rows_of(folder: Path, moment: str) -> list[dict]:
@@ -282,8 +265,8 @@ def main() -> None:
     args = parser.parse_args()
     grid = yaml.safe_load((ROOT / "experiments" / "grids" / f"{args.name}.yaml").read_text())
     wanted = [(m, s) for m, s in cells(grid) if args.only is None or m in args.only]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda c: run(args.name, grid, *c), wanted))
+    os.chdir(ROOT)
+    run_cells([cell_of(args.name, grid, *point) for point in wanted], args.jobs, print)
     found = collect(args.name, grid)
     folder = RESULTS / args.name
     folder.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,7 @@ class EditLayer(nn.Module, ABC):
         self.base_layer = base_layer
         self.enabled = True
         self.is_written = False
+        self.is_live = False  # trained in place, by an optimiser that holds the parameters
         self.moved = 0.0
         self.writes = 0  # how often what a forward pass sees was written, committed or not
         self.scope = Scope()
@@ -118,7 +119,8 @@ class EditLayer(nn.Module, ABC):
 
     def value(self, name: str) -> Tensor:
         """Return a parameter as the forward pass must see it: the scratch leaf while open."""
-        return self._scratch.get(name, self.get_parameter(name).detach())
+        parameter = self.get_parameter(name)
+        return self._scratch.get(name, parameter if self.is_live else parameter.detach())
 
     def open(self) -> dict[str, Tensor]:
         """Start writing: return scratch leaves, clones of `edit_parameters` with gradients."""

@@ -32,7 +32,7 @@ class DeltaLayer(EditLayer):
 
     def edited(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + Δx, [..., D], in the dtype of y."""
-        if self._scratch or x.dtype == self.delta.dtype:
+        if self._scratch or self.is_live or x.dtype == self.delta.dtype:
             return y + F.linear(x, self.value("delta").to(x.dtype)).to(y.dtype)
         if self._copy is None or self._copy.dtype != x.dtype:
             self._copy = self.delta.detach().to(x.dtype)

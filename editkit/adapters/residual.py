@@ -150,8 +150,8 @@ class ResidualMemory(RoutedLayer):
     def recall(self, x_RTF: Tensor, route: Route) -> Tensor:
         """Return W_m (m ⊙ x) [R, T, D] in the dtype of x."""
         assert route.gate_BF is not None, "answered rows have a gate"
-        if self._copy is None or self._copy.dtype != x_RTF.dtype:
-            self._copy = self.memory.detach().to(x_RTF.dtype)
+        if self.is_live or self._copy is None or self._copy.dtype != x_RTF.dtype:
+            self._copy = self.value("memory").to(x_RTF.dtype)
         return F.linear(x_RTF * route.gate_BF[:, None], self._copy)
 
     # writing

@@ -35,3 +35,21 @@ def kl_from(start_BV: Tensor, logits_BV: Tensor) -> Tensor:
     """
     now_BV = logits_BV.float().log_softmax(-1)
     return (now_BV.exp() * (now_BV - start_BV)).sum(-1)
+
+
+def dpo_loss(
+    better_B: Tensor, worse_B: Tensor, ref_better_B: Tensor, ref_worse_B: Tensor, beta: float
+) -> Tensor:
+    """Loss of each pair of answers under direct preference optimisation, [B].
+
+    -log sigmoid(beta [(log p(y_w) - log p_ref(y_w)) - (log p(y_l) - log p_ref(y_l))])
+    (Rafailov et al. 2023, eq. 7).
+
+    Args:
+        better_B: Log-likelihood of the preferred answers.
+        worse_B: Log-likelihood of the others.
+        ref_better_B: The same under the reference, the model before training.
+        ref_worse_B: The same under the reference.
+        beta: Weight of staying near the reference.
+    """
+    return -F.logsigmoid(beta * ((better_B - ref_better_B) - (worse_B - ref_worse_B)))

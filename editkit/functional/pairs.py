@@ -114,11 +114,10 @@ class Pairs:
         return self.whitened(penalty)._solve(held_DN, penalty)
 
     def without(self, edit_id: int) -> Pairs:
-        """Return the pairs without an edit's column, and without its batch where that is empty."""
-        gone = self.ids.index(edit_id)
-        kept = [n for n in range(self.count) if n != gone]
-        number = self._batch_at(gone)
-        sizes = [size - (i == number) for i, size in enumerate(self.sizes)]
+        """Return the pairs without an edit's columns, and without its batch where that is empty."""
+        kept = [n for n in range(self.count) if self.ids[n] != edit_id]
+        gone = [self._batch_at(n) for n in range(self.count) if self.ids[n] == edit_id]
+        sizes = [size - gone.count(i) for i, size in enumerate(self.sizes)]
         left = [i for i, size in enumerate(sizes) if size]
         return Pairs(
             ids=tuple(self.ids[n] for n in kept),
@@ -129,6 +128,10 @@ class Pairs:
             wanted_DN=self.wanted_DN[:, kept],
             reached_DN=None if self.reached_DN is None else self.reached_DN[:, kept],
         )
+
+    def is_together(self, edit_id: int) -> bool:
+        """Whether all columns of an edit were written in one batch."""
+        return len({self._batch_at(n) for n in range(self.count) if self.ids[n] == edit_id}) == 1
 
     def batch_of(self, edit_id: int) -> Pairs:
         """Return the pairs of one edit's batch alone."""

@@ -144,6 +144,8 @@ class Regression:
             )
         if edit_id not in self.past.ids:
             return NOT_KEPT
+        if not self.rules.remembers and not self.past.is_together(edit_id):
+            return "its wordings were written one after another"
         return None
 
     def without(self, edit_id: int, delta_DF: Tensor) -> tuple[Tensor, Regression]:

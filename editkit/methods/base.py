@@ -7,13 +7,10 @@ and resuming are final here.
 
 from __future__ import annotations
 
-import inspect
-import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from typing import Any, final
 
@@ -25,12 +22,12 @@ from editkit.functional.losses import target_nll
 from editkit.lm.editable import EditableLM
 from editkit.lm.shard import shard
 from editkit.lm.spec import LMSpec
+from editkit.methods.arguments import kept_arguments
 from editkit.methods.steps import StreamModule
+from editkit.methods.wordings import check_counts, expanded
 from editkit.metrics.evaluate import ProbeRow, score_probes
 from editkit.metrics.protocol import EvalProtocol
 from editkit.parallel import agreed, from_all_ranks, ranks_of
-
-NOT_SAVED = ("self", "lm", "evaluation")
 
 
 class UndoError(ValueError):
@@ -44,12 +41,18 @@ class EditModule(StreamModule, ABC):
         lm: Model to edit.
         evaluation: How probes are scored.
         seed: Seed of whatever the method samples.
+        paraphrases: Rephrases of each edit to write with it, as if each were an edit of its own.
+        repeats: How often to write each edit once more, a control of equal cost for paraphrases.
     """
 
     why_no_undo = "its edits share weights, so one cannot be taken out without the others"
 
-    def __init__(self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0) -> None:
+    def __init__(
+        self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0, paraphrases: int = 0,
+        repeats: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__(lm, evaluation, seed)
+        self.paraphrases, self.repeats = check_counts(paraphrases, repeats)
 
     # what a method implements
 
@@ -62,7 +65,10 @@ class EditModule(StreamModule, ABC):
 
     @abstractmethod
     def edit(self, edits: list[Edit]) -> dict[str, float]:
-        """Write a batch of edits into the edit layers; return numbers to log."""
+        """Write a batch of edits into the edit layers; return numbers to log.
+
+        With paraphrases or repeats, several of a batch have one id.
+        """
 
     def finish(self) -> None:
         """Close the stream, after its last edit."""
@@ -118,11 +124,12 @@ class EditModule(StreamModule, ABC):
         if not self.is_prepared:  # outside a Trainer
             self.start()
         started = time.perf_counter()
+        written = expanded(edits, self.paraphrases, self.repeats)
         for layer in (layers := [*self.lm.layers.values()]):
             layer.moved = 0.0
         with self._discard_on_error(), agreed():
             before_B = self.edit_losses(edits)
-            numbers = self.edit(edits)
+            numbers = self.edit(written)
             after_B = self.edit_losses(edits)
         norm = sum(layer.moved**2 for layer in layers) ** 0.5
         seconds = time.perf_counter() - started
@@ -199,28 +206,7 @@ class EditModule(StreamModule, ABC):
         Raises:
             ValueError: If an argument is not kept under its own name, or has no place in JSON.
         """
-        names: dict[str, None] = {}
-        for cls in type(self).__mro__:
-            if issubclass(cls, EditModule) and "__init__" in vars(cls):
-                for name, parameter in inspect.signature(cls.__init__).parameters.items():
-                    if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
-                        names[name] = None
-        found = {}
-        for name in names:
-            if name not in NOT_SAVED:
-                if not hasattr(self, name):
-                    raise ValueError(
-                        f"{type(self).__name__} does not keep its argument {name!r}; write "
-                        f"`self.{name} = {name}` in its __init__, so that a run can be saved"
-                    )
-                found[name] = getattr(self, name)
-        try:
-            copy: dict[str, Any] = json.loads(json.dumps(found, default=_plain, allow_nan=False))
-        except ValueError as error:
-            raise ValueError(
-                f"an argument of {type(self).__name__} cannot be saved ({error}): {found}"
-            ) from error
-        return copy
+        return kept_arguments(self, EditModule)
 
     def found_args(self) -> dict[str, Any]:
         """Return arguments that were left open and that `prepare` has filled."""
@@ -243,8 +229,3 @@ class EditModule(StreamModule, ABC):
             for layer in self.lm.layers.values():
                 layer.discard()
             raise
-
-
-def _plain(value: object) -> object:
-    """Return what JSON can hold of a constructor argument: a record's fields, or its text."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

@@ -111,7 +111,7 @@ class FT(EditModule):
         """Return the rows to train on: of this batch, or of all batches up to it."""
         if self.order == "depth_first":
             self.history, self.rows = [], None
-        elif sum(map(len, self.history)) != self.edits_seen:
+        elif len({e.id for batch in self.history for e in batch}) != self.edits_seen:
             raise ValueError(
                 f"breadth-first fine-tuning trains on all {self.edits_seen} edits so far, and a "
                 "saved run does not keep them: go on from its checkpoint (--ckpt_path last)"

@@ -165,7 +165,7 @@ class LocateThenEdit(EditModule):
         parts = [[edit] for edit in edits] if self.one_by_one else [edits]
         numbers = [self._edit_together(part) for part in parts]
         self._commit()
-        self.known += len(edits)
+        self.known += len({edit.id for edit in edits})
         means = {name: sum(n[name] for n in numbers) / len(numbers) for name in numbers[0]}
         return means | {f"change/{s.layer}": self.deltas[s.path].moved for s in self.sites}
 
@@ -187,7 +187,7 @@ class LocateThenEdit(EditModule):
             numbers[f"residual/{site.layer}"] = float(resid_DE.norm())
         self.settle()
         for site in self.sites:
-            draft = self.drafts[site.path].settled(self._delta(site), len(edits))
+            draft = self.drafts[site.path].settled(self._delta(site), len(set(self.ids)))
             self.drafts[site.path] = draft
             numbers |= {f"{k}/{site.layer}": v for k, v in draft.numbers().items()}
         return numbers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,6 +106,50 @@ def estimate_harmonic(
             found.append(_harmonic(times_RC @ sum_PC.T, times_RC @ count_PC.T))
         tail = (1 - LEVEL) / 2
         low, high = np.nanquantile(np.concatenate(found), [tail, 1 - tail])
+        result["low"], result["high"] = float(low), float(high)
+    return result
+
+
+def estimate_contrast(
+    first: tuple[Sequence[float], Sequence[int | None]],
+    second: tuple[Sequence[float], Sequence[int | None]],
+    how: Literal["difference", "ratio"],
+    seed: int = 0,
+) -> Estimate:
+    """Mean of one set of rows minus, or over, the mean of another, each resampled by its edits.
+
+    Args:
+        first: Scores and edits of its rows; nan is left out.
+        second: The same; the sets share no edit.
+        how: `difference` is first - second, `ratio` is first / second.
+        seed: Seed of the resampling.
+
+    Returns:
+        The contrast, its interval, the number of rows and of clusters; no value where a set has no
+        rows, or the second mean of a ratio is 0. Resamples that have no ratio are left out.
+    """
+    parts = [_clusters(*part) for part in (first, second)]
+    count = int(sum(count_C.sum() for _, count_C in parts))
+    result = Estimate(value=None, low=None, high=None, n=count, edits=sum(len(c) for _, c in parts))
+    if not all(len(count_C) for _, count_C in parts):
+        return result
+
+    def contrast(means: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            out = means[0] - means[1] if how == "difference" else means[0] / means[1]
+        return np.asarray(np.where(np.isfinite(out), out, np.nan))
+
+    value = float(contrast([sum_C.sum() / count_C.sum() for sum_C, count_C in parts]))
+    result["value"] = None if math.isnan(value) else value
+    draw, means = np.random.default_rng(seed), []
+    for sum_C, count_C in parts:
+        size = len(count_C)
+        times_RC = draw.multinomial(size, [1 / size] * size, RESAMPLES)
+        means.append((times_RC @ sum_C) / (times_RC @ count_C))
+    found = contrast(means)
+    if result["value"] is not None and not np.isnan(found).all():
+        tail = (1 - LEVEL) / 2
+        low, high = np.nanquantile(found, [tail, 1 - tail])
         result["low"], result["high"] = float(low), float(high)
     return result
 

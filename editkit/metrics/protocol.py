@@ -23,6 +23,7 @@ Scorer = Literal[
     "judge",
     "fluency",
     "consistency",
+    "first_token",
 ]
 Quirk = Literal["zsre_retokenised", "zsre_double_space", "zsre_bos_answer"]
 SCORERS: tuple[Scorer, ...] = get_args(Scorer)
@@ -34,6 +35,7 @@ HIT_SCORERS: tuple[Scorer, ...] = (  # 1 or 0 a row: of several wordings any may
     "choice",
     "choice_norm",
     "judge",
+    "first_token",
 )
 LOWER_IS_BETTER: tuple[Scorer, ...] = ("nll", "perplexity")
 FREE_SCORERS: tuple[Scorer, ...] = ("generation", "judge")
@@ -55,9 +57,10 @@ class EvalProtocol:
     """One way of scoring probes, the same for every method.
 
     Under teacher forcing: `token_accuracy` and `sequence_accuracy` (share of the target's tokens
-    that are the most likely, and whether all are), `nll` (nats per token), `perplexity` (its
-    exponential), `ood` (share of all tokens of prompt and target with a probability above 0.8, the
-    figure of WISE's Temporal) and `ood_instance` (whether the target's mean is above it).
+    that are the most likely, and whether all are), `first_token` (whether the first one is), `nll`
+    (nats per token), `perplexity` (its exponential), `ood` (share of all tokens of prompt and
+    target with a probability above 0.8, the figure of WISE's Temporal) and `ood_instance` (whether
+    the target's mean is above it).
     Against other answers, where a probe has them: `pair` (target likelier per token than `rival`,
     CounterFact's success), `pair_diff` (difference of those probabilities), `choice` and
     `choice_norm` (target likelier than every one of `choices`: as a whole, and per token).

@@ -15,6 +15,7 @@ PROBE_KEYS = (
     "reference", "counted",
 )  # fmt: skip
 SUMMARY_KEYS = ("method", "base", "edits_seen", "scores", "immediate", "by_age", "protocol")
+TUNED_KEYS = ("objective", "rates", "downstream", "measure", "drift", "step")
 ASKED_ALL = ("milestone", "final")
 
 
@@ -35,6 +36,7 @@ class Run:
         ability: Lines of `ability.jsonl`.
         conflicts: Lines of `conflicts.jsonl`.
         harness: Tasks of `lm_eval.json`.
+        tuned: Summaries of its finished retention runs (`editkit retain`).
         artefact_bytes: Size of the artefact; None where there is none.
         remarks: What a reader must know of this run.
     """
@@ -50,6 +52,7 @@ class Run:
     ability: list[Row] = field(default_factory=list)
     conflicts: list[Row] = field(default_factory=list)
     harness: dict[str, Any] = field(default_factory=dict)
+    tuned: list[Row] = field(default_factory=list)
     artefact_bytes: int | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -140,6 +143,7 @@ def load_run(folder: Path, name: str | None = None) -> Run:
         ability=read_lines(folder / "ability.jsonl", {"edits_seen"}, unfinished=not summary)[0],
         conflicts=read_lines(folder / "conflicts.jsonl", unfinished=not summary)[0],
         harness=read_json(folder / "lm_eval.json", {"tasks"}).get("tasks", {}),
+        tuned=[read_json(p, TUNED_KEYS) for p in sorted(folder.glob("retention/*/summary.json"))],
     )
     artefact = [folder / f"adapter_{part}" for part in ("model.safetensors", "config.json")]
     if all(path.exists() for path in artefact):

@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from editkit.report import panels, protocol, view, words
+from editkit.report import panels, protocol, rows, view, words
 from editkit.report.compare import Comparison, compare_runs
 from editkit.report.export import write_tables
 from editkit.report.figures import letter
@@ -68,7 +68,7 @@ def render(runs: Sequence[Run], tables: dict[str, Table], compared: Sequence[Com
     environment.globals |= {
         "letter": letter, "number": words.number, "chance": words.chance, "size": words.size,
         "plain": view.plain, "scorers": words.SCORERS, "moments": words.MOMENTS,
-        "kind_words": words.KINDS, "fates": words.FATES,
+        "kind_words": words.KINDS, "fates": words.FATES, "tuned_fates": words.TUNED_FATES,
     }  # fmt: skip
     return environment.get_template("page.html").render(
         runs=runs,
@@ -79,6 +79,7 @@ def render(runs: Sequence[Run], tables: dict[str, Table], compared: Sequence[Com
         compared=compared,
         mixed=protocol.mixed_fields(runs),
         protocol=view.protocol_card(runs),
+        tuned=[*rows.tuned(runs)],
         remarks=[(i, text) for i, run in enumerate(runs) for text in run.remarks],
         sections=view.sections(runs, tables),
         **_scores(runs, tables),

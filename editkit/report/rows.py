@@ -101,6 +101,28 @@ def harness(runs: Sequence[Run]) -> Iterable[Row]:
                 yield {"run": run.name, "task": task, "metric": name, **told, "questions": count}
 
 
+def tuned(runs: Sequence[Run]) -> Iterable[Row]:
+    """Yield what `editkit retain` found: a row per run and objective, and per remedy put on."""
+    for run in runs:
+        for one in run.tuned:
+            found, control = one["rates"]["generation"], one.get("control") or {}
+            frozen = one.get("manifest", {}).get("model", {})
+            yield {
+                "run": run.name, "objective": one["objective"], "steps": one["step"],
+                "kind": frozen.get("kind"), "frozen": frozen.get("freeze"),
+                "edits_kept": found["ERR"], "facts_kept": found["IRR"],
+                "matched_facts_kept": found["IRR_matched"], "gap": found["gap"],
+                "never_edited_keeps": control.get("IRR"), "rephrases_kept": found["ERR_rephrase"],
+                "neighbours_kept": found["neighbours"], "measure": one["measure"],
+                "task_before": one["downstream"].get("edited"),
+                "task_after": one["downstream"].get("tuned"),
+                "task_never_edited": one["downstream"].get("control"), "kl": one["drift"]["kl"],
+                "fates": found["fates"],
+                "put_on_afterwards": (one.get("reapplied") or {}).get("ERR"),
+                "identity": (one.get("identity") or {}).get("exact"),
+            }  # fmt: skip
+
+
 def relations(runs: Sequence[Run], scorer: str) -> Iterable[Row]:
     """Yield final scores by the relation that rows carry; nothing where none do."""
     for run in runs:

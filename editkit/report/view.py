@@ -49,6 +49,7 @@ def sections(runs: Sequence[Run], tables: dict[str, Table]) -> list[tuple[str, s
         ("glance", "At a glance"),
         *([("comparison", "Paired comparison")] if len(runs) > 1 else []),
         ("forgetting", "Forgetting"),
+        *([("tuned", "After fine-tuning")] if any(run.tuned for run in runs) else []),
         ("ability", "General ability"),
         *([("breakdown", "Where it works")] if has_axes or "relations" in tables else []),
         *([("routing", "Routing")] if "routing" in tables else []),

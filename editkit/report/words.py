@@ -8,7 +8,7 @@ STRICTEST_FIRST = (
     "nll",
 )  # fmt: skip
 HITS = frozenset(
-    {"generation", "judge", "sequence_accuracy", "choice", "choice_norm", "pair"}
+    {"first_token", "generation", "judge", "sequence_accuracy", "choice", "choice_norm", "pair"}
 )  # of several wordings of one question any may be the right one
 HAS_NO_RIGHT_ANSWER = frozenset({"nll", "perplexity", "pair_diff", "fluency", "consistency"})
 
@@ -29,6 +29,7 @@ SCORERS = {
     "the answer is forced on the model, else 0; kinder than free answers",
     "token_accuracy": "share of the expected answer's tokens that are the most likely ones under "
     "forcing; the kindest, and what many papers report",
+    "first_token": "1 where the first token of the expected answer is the most likely one, else 0",
     "nll": "mean negative log-likelihood of the expected answer in nats per token; lower is better",
     "perplexity": "exponential of that; lower is better",
     "pair": "1 where the expected answer is likelier, token by token, than its rival: the old "
@@ -46,6 +47,11 @@ MOMENTS = {
     "before": "the unedited model",
     "right after": "each edit's probes right after that edit",
     "final": "all probes after the whole stream",
+}
+TUNED_FATES = {
+    "erased_true": "say the old answer",
+    "erased_other": "say something else",
+    "erased_empty": "say nothing",
 }
 FATES = {
     "forgotten": "right just after its own edit, wrong at the end",

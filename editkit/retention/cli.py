@@ -1,0 +1,212 @@
+"""`editkit retain`: bind YAML and options, run the arms, write what came of them."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+
+from editkit.callbacks.progress import EditProgress
+from editkit.metrics.protocol import EvalProtocol
+from editkit.report.page import write_report
+from editkit.retention.answers import DONE
+from editkit.retention.arms import (
+    ARM_ORDER,
+    IDENTITY_STEPS,
+    Questions,
+    Watch,
+    checkpoint_of,
+    keeper,
+)
+from editkit.retention.finetune import Arm, FineTuneEdited
+from editkit.retention.items import facts_of, fingerprint, freeze, make_items
+from editkit.retention.objectives import Objective
+from editkit.retention.result import control_key, write_result
+from editkit.retention.settings import Settings, parser
+from editkit.retention.source import EditedRun, instantiate
+from editkit.retention.table import shown
+from editkit.trainer_cli import no_orphans
+
+ITEMS, CONFIG, SUMMARY = "probes.jsonl", "config.yaml", "summary.json"
+
+
+def run_retain(args: list[str]) -> Path:
+    """Parse, run the arms and write the results.
+
+    Raises:
+        ArgumentError: If an option is misspelt or a value does not fit.
+        ValueError: If the input is wrong; the text names the fix.
+    """
+    quiet()
+    made = parser()
+    config = made.parse_args(args)
+    return Retention(made, config).finish()
+
+
+class Retention:
+    """One retention run: its folder, its questions, its arms.
+
+    Args:
+        made: The parser, which builds what the config names.
+        config: The resolved config.
+
+    Raises:
+        ValueError: If the folder holds another run, or the input is wrong.
+    """
+
+    def __init__(self, made: LightningArgumentParser, config: Namespace) -> None:
+        self.parser, self.config = made, config
+        self.built = instantiate(made, config)
+        self.settings: Settings = self.built.retain
+        self.objective: Objective = self.built.data
+        self.evaluation: EvalProtocol = self.built.evaluation
+        if missing := {"generation", "nll"} - {*self.evaluation.scorers}:
+            raise ValueError(f"evaluation.scorers lacks {sorted(missing)}, which retention needs")
+        if config.trainer.max_epochs != 1:
+            raise ValueError(
+                f"trainer.max_epochs is {config.trainer.max_epochs}; the length is --data.steps, "
+                "which deals the rows anew as often as it takes"
+            )
+        self.run = EditedRun(Path(config.run), config.trust)
+        self.folder = Path(config.out or self.run.folder / "retention" / self.objective.name)
+        self.items = make_items(self.run, self.built.probes)
+        self.objective.gather(self.run, facts_of(self.run, self.items))
+        self._claim()
+        self.sha = fingerprint(self.items)
+        if _is_first():
+            freeze(self.folder / ITEMS, self.items)
+
+    def finish(self) -> Path:
+        """Run the arms that are not done, then write the results and the report."""
+        try:
+            for arm in ARM_ORDER:
+                if arm in self.settings.arms:
+                    self.run_arm(arm)
+        except BaseException:
+            self._tidy()
+            raise
+        if _is_first():
+            write_result(self)
+            if self.config.report:
+                _report(self.run.folder)
+            Console().print(shown(self.folder), highlight=False)
+        return self.folder
+
+    def arm_folder(self, arm: Arm) -> Path:
+        """Return where an arm's answers lie."""
+        shared = self.settings.controls
+        if arm == "control" and shared is not None and not self.settings.reapply:
+            return shared / control_key(self)
+        return self.folder / "arms" / arm
+
+    def run_arm(self, arm: Arm) -> None:
+        """Fine-tune one arm, unless that is done."""
+        folder = self.arm_folder(arm)
+        if (folder / DONE).exists():
+            return
+        module = FineTuneEdited(
+            run=self.run.folder, loss=self.objective.loss, arm=arm, trust=self.config.trust,
+            **self.built.model.as_dict(),
+        )  # fmt: skip
+        self.objective.batches_done = 0
+        seed_everything(self.config.seed_everything, verbose=False)
+        trainer = self._trainer(arm, folder)
+        resumed = checkpoint_of(folder)
+        with no_orphans(trainer):
+            trainer.fit(module, datamodule=self.objective, ckpt_path=resumed)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+
+    def _trainer(self, arm: Arm, folder: Path) -> Trainer:
+        options = instantiate(self.parser, self.config).trainer.as_dict()  # anew for each arm
+        texts = self.run.data.texts[: self.settings.drift_texts]
+        questions = Questions(
+            self.items, self.evaluation, self.settings.at,
+            self.settings.mode == "ret_faithful",
+            texts or [row.text for row in self.objective.tests][: self.settings.drift_texts],
+            [*self.run.standing.values()][: self.settings.drift_edits],
+        )  # fmt: skip
+        watch = Watch(folder, questions, self.objective, self.settings.reapply)
+        given = options["callbacks"] or []
+        options["callbacks"] = [*(given if isinstance(given, list) else [given]), watch]
+        if options["enable_checkpointing"] in (None, True):
+            options["callbacks"].append(keeper(folder, self.settings.checkpoint_every))
+        if options["enable_progress_bar"] in (None, True):
+            options["callbacks"].append(EditProgress())
+        if options["logger"] is None:
+            options["logger"] = CSVLogger(folder, name="", version="")
+        if arm == "identity":
+            options["max_steps"] = IDENTITY_STEPS
+        return Trainer(**{**options, "default_root_dir": str(folder)})
+
+    def _claim(self) -> None:
+        """Take the folder, or go on with what is there."""
+        if not _is_first():
+            return
+        path = self.folder / CONFIG
+        begun = self.config.clone()
+        begun.overwrite = False
+        text = self.parser.dump(begun)
+        if self.config.overwrite and self.folder.exists():
+            shutil.rmtree(self.folder)
+        if (self.folder / SUMMARY).exists():
+            raise ValueError(
+                f"{str(self.folder)!r} holds a finished run; choose another --out, or pass "
+                "--overwrite true"
+            )
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{str(self.folder)!r} was begun with other options (see its {CONFIG}); go on with "
+                "those, choose another --out, or pass --overwrite true"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+    def _tidy(self) -> None:
+        """Remove a folder that holds nothing to go on from."""
+        kept = [*self.folder.glob("arms/*/done.json"), *self.folder.glob("arms/*/checkpoints/*")]
+        if _is_first() and not kept:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            sys.stderr.write(f"editkit: removed {self.folder}, it held nothing to go on from\n")
+
+
+def quiet() -> None:
+    """Silence what Lightning says of things that are meant."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*exists and is not empty.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*have overridden `transfer_batch_to_device`.*",
+        ".*in eval mode at the start of training.*",
+        ".*smaller than the logging interval.*",
+        ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _is_first() -> bool:
+    """Whether this process writes: the first of several devices, or the only one."""
+    return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
+
+
+def _report(folder: Path) -> None:
+    """Draw the run's page anew, with its retention; where that fails, the results stay."""
+    try:
+        path = write_report([folder])
+    except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError) as error:
+        sys.stderr.write(
+            f"editkit: no report.html ({error}); `editkit report {folder}` says more\n"
+        )
+    else:
+        Console().print(f"report: {path}", highlight=False, soft_wrap=True)

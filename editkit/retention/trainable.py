@@ -1,0 +1,205 @@
+"""What fine-tuning may touch: the backbone or an adapter on it, less what is frozen.
+
+The edited blocks are found from where edit layers sit, whatever the method. Adapters are PEFT's; it
+is shown the linear layers alone, so that edit layers of its own kind stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from editkit.adapters.base import EditLayer
+from editkit.lm.editable import EditableLM
+from editkit.lm.sites import Site
+
+ADAPTER = "finetune"
+Kind = Literal["full", "lora", "dora"]
+Scope = Literal["backbone", "backbone+memory"]
+Policy = Literal["none", "modules", "blocks", "prefix", "random", "others"]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Which part of the backbone stays as it is.
+
+    Args:
+        policy: `modules`: the edited matrices; `blocks`: the blocks that hold them; `prefix`: every
+            block up to the last edited one; `random`: as many blocks as are edited, drawn by the
+            seed, a control; `others`: all but the edited blocks, an attack.
+        embeddings: Freeze the embeddings, too; with tied weights that is the head as well.
+        seed: Seed of the random blocks.
+    """
+
+    policy: Policy = "none"
+    embeddings: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter of `kind: lora` and `kind: dora`.
+
+    Args:
+        r: Rank.
+        alpha: Scale; the adapter's output is multiplied by alpha / r.
+        dropout: Dropout in front of it.
+        roles: Roles of the layers to adapt, as `editkit inspect` names them; those that a model
+            does not have are left out.
+    """
+
+    r: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.0
+    roles: tuple[str, ...] = ("attn.q", "attn.k", "attn.v", "attn.qkv", "mlp.up", "mlp.down")
+
+
+def edited_blocks(lm: EditableLM) -> list[int]:
+    """Return the blocks that hold an edit layer."""
+    return sorted({site.layer for site in lm.sites if site.path in lm.layers})
+
+
+def frozen_blocks(lm: EditableLM, freeze: Freeze) -> list[int]:
+    """Return the blocks that a policy freezes whole."""
+    every, edited = range(len(lm.blocks)), edited_blocks(lm)
+    if freeze.policy == "blocks":
+        return edited
+    if freeze.policy == "prefix":
+        return [*range(max(edited) + 1)]
+    if freeze.policy == "others":
+        return [block for block in every if block not in edited]
+    if freeze.policy == "random":
+        rng = Random(f"freeze {freeze.seed}")
+        while len(edited) < len(every) and (
+            (drawn := sorted(rng.sample(every, len(edited)))) == edited
+        ):
+            pass
+        return edited if len(edited) == len(every) else drawn
+    return []
+
+
+def choose_trainable(
+    lm: EditableLM, kind: Kind, scope: Scope, freeze: Freeze, adapter: Adapter, seed: int
+) -> dict[str, nn.Parameter]:
+    """Put adapters in place, let the chosen parameters take gradients and no others.
+
+    Args:
+        lm: The edited model; changed in place.
+        kind: All weights, or an adapter.
+        scope: Whether the values of the edits may move, too.
+        freeze: What stays as it is.
+        adapter: Sizes of an adapter.
+        seed: Seed of an adapter's start.
+
+    Returns:
+        The parameters to train, by name.
+
+    Raises:
+        ValueError: If nothing is left to train.
+    """
+    memory = {id(p) for layer in lm.layers.values() for p in layer.edit_parameters().values()}
+    frozen = _frozen(lm, freeze)
+    chosen: set[int] = set()
+    if kind == "full":
+        chosen = {id(p) for p in lm.model.parameters()} - memory - frozen
+    else:
+        chosen = {id(p) for p in _inject(lm, kind, adapter, frozen, seed)}
+    if scope == "backbone+memory":
+        chosen |= memory
+    for layer in lm.layers.values():
+        layer.is_live = scope == "backbone+memory"
+        layer.changed()
+    found = {}
+    for name, parameter in lm.model.named_parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+        if id(parameter) in chosen:
+            found[name] = parameter
+    if not found:
+        raise ValueError(
+            f"freeze.policy {freeze.policy!r} leaves nothing to train by kind {kind!r}: the edited "
+            f"blocks are {edited_blocks(lm)} of {len(lm.blocks)}; choose another policy or kind"
+        )
+    return found
+
+
+def _frozen(lm: EditableLM, freeze: Freeze) -> set[int]:
+    """Return the ids of the parameters that a policy freezes."""
+    modules: list[nn.Module] = [lm.blocks[i] for i in frozen_blocks(lm, freeze)]
+    if freeze.policy == "modules":
+        modules += [layer.base_layer for layer in lm.layers.values()]
+    if freeze.embeddings:
+        modules.append(lm.model.get_input_embeddings())
+    return {id(p) for module in modules for p in module.parameters()}
+
+
+def linear_at(lm: EditableLM, site: Site) -> nn.Module:
+    """Return the linear layer of a site, inside its edit layer where there is one."""
+    module = lm.model.get_submodule(site.path)
+    return module.base_layer if isinstance(module, EditLayer) else module
+
+
+def _inject(
+    lm: EditableLM, kind: Kind, adapter: Adapter, frozen: set[int], seed: int
+) -> list[nn.Parameter]:
+    """Let PEFT wrap linear layers apart from their model, and put them back where they were."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    sites = [s for s in lm.sites if s.role in adapter.roles]
+    linear = {s.path: linear_at(lm, s) for s in sites}
+    linear = {path: m for path, m in linear.items() if id(m.weight) not in frozen}
+    if not linear:
+        return []
+    holder = nn.ModuleDict({str(i): module for i, module in enumerate(linear.values())})
+    config = LoraConfig(
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=[*holder],
+        use_dora=kind == "dora",
+        fan_in_fan_out=hasattr(next(iter(linear.values())), "nf"),
+    )
+    places = _places(lm.model, [*linear.values()])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # PEFT draws A from the global generator
+        inject_adapter_in_model(config, holder, ADAPTER)
+    found: list[nn.Parameter] = []
+    for wrapped, at in zip(holder.values(), places, strict=True):
+        for parent, name in at:
+            setattr(parent, name, wrapped)
+        found += [p for n, p in wrapped.named_parameters() if "base_layer" not in n.split(".")]
+    return found
+
+
+def _places(model: nn.Module, modules: list[nn.Module]) -> list[list[tuple[nn.Module, str]]]:
+    """Return every (parent, name) under which each module hangs in a model."""
+    index = {id(module): i for i, module in enumerate(modules)}
+    found: list[list[tuple[nn.Module, str]]] = [[] for _ in modules]
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in index:
+                found[index[id(child)]].append((parent, name))
+    return found
+
+
+def changes(lm: EditableLM, start: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return how far each matrix of the backbone has moved, fp32 on the CPU, by parameter name.
+
+    Args:
+        lm: The fine-tuned model.
+        start: Values of the trained parameters at the start, on the CPU.
+    """
+    now: dict[str, Any] = dict(lm.model.named_parameters())
+    found = {
+        name: now[name].detach().cpu().float() - before.float()
+        for name, before in start.items()
+        if before.ndim == 2 and ADAPTER not in name.split(".")
+    }
+    for name, module in lm.model.named_modules():
+        if hasattr(module, "get_delta_weight") and ADAPTER in getattr(module, "lora_A", {}):
+            delta = module.get_delta_weight(ADAPTER).detach().cpu().float()
+            found[f"{name}.base_layer.weight"] = delta
+    return found

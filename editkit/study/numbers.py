@@ -1,0 +1,151 @@
+"""What came of a study: every run's rates, pooled over seeds, paired between remedies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from editkit.functional.retention import edit_retention, fact_retention
+from editkit.metrics.intervals import Estimate, estimate, estimate_contrast
+from editkit.report.compare import mcnemar
+from editkit.report.files import read_lines
+from editkit.study.plan import NONE, Study
+
+Part = tuple[list[float], list[int | None]]
+APART = 1_000_000  # edits of two seeds are two edits
+LINE_KEYS = ("arm", "ckpt_step", "set", "item_id", "scorer", "score_M0", "score_Med", "score_Mft")
+
+
+@dataclass
+class Point:
+    """One method, objective and remedy over all seeds.
+
+    Args:
+        method: Label.
+        objective: Label.
+        remedy: Label.
+        seeds: Seeds that are done.
+        missing: Seeds that are not.
+        ERR: Edits kept.
+        IRR: Intrinsic facts kept.
+        IRR_matched: Those matched to the edits.
+        gap: IRR - ERR.
+        control: Facts kept by the never-edited model.
+        diff_in_diff: `control` - `ERR`.
+        downstream: Mean of each moment's score, by moment.
+        measure: What that score is.
+        kl: Mean KL to the edited model.
+        keys: Mean relative shift of the keys.
+        trained: Mean number of trained parameters.
+        only_here: Edits kept here and not without the remedy; None for `none`.
+        only_there: The reverse.
+        mcnemar_p: Exact p of these two.
+    """
+
+    method: str
+    objective: str
+    remedy: str
+    seeds: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    ERR: Estimate | None = None
+    IRR: Estimate | None = None
+    IRR_matched: Estimate | None = None
+    gap: Estimate | None = None
+    control: Estimate | None = None
+    diff_in_diff: Estimate | None = None
+    downstream: dict[str, float] = field(default_factory=dict)
+    measure: str = ""
+    kl: float | None = None
+    keys: float | None = None
+    trained: float | None = None
+    only_here: int | None = None
+    only_there: int | None = None
+    mcnemar_p: float | None = None
+    fates: dict[str, int] = field(default_factory=dict)
+    kept: dict[tuple[int, str], float] = field(default_factory=dict, repr=False)
+
+
+def collect(study: Study, root: Path) -> list[Point]:
+    """Read every finished run of a study."""
+    found: dict[tuple[str, str, str], Point] = {}
+    parts: dict[tuple[str, str, str], list[tuple[int, Path]]] = {}
+    for method, objective, remedy, seed in study.points():
+        key = method, objective, remedy
+        point = found.setdefault(key, Point(*key))
+        folder = study.tuned_folder(root, method, objective, remedy, seed)
+        if (folder / "summary.json").exists():
+            point.seeds.append(seed)
+            parts.setdefault(key, []).append((seed, folder))
+        else:
+            point.missing.append(seed)
+    for key, folders in parts.items():
+        _fill(found[key], folders, study.scorer)
+    for (method, objective, remedy), point in found.items():
+        plain = found.get((method, objective, NONE))
+        if remedy != NONE and plain is not None:
+            _pair(point, plain)
+    return [*found.values()]
+
+
+def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str) -> None:
+    """Pool the lines of all seeds, an edit of a seed being a cluster."""
+    kept, known, like, control = [], [], [], []
+    summaries = []
+    for seed, folder in folders:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summaries.append(summary)
+        rows, _ = read_lines(folder / "retention.jsonl", LINE_KEYS)
+        end = [r for r in rows if r["scorer"] == scorer and r["ckpt_step"] == summary["step"]]
+        own = [r for r in end if r["arm"] == "edited"]
+        kept.append(_part([r for r in own if r["prompt_kind"] == "rewrite"], seed, edit_retention))
+        facts = [r for r in own if r["set"] == "K"]
+        known.append(_part(facts, seed, fact_retention))
+        like.append(_part([r for r in facts if r["matched"]], seed, fact_retention))
+        theirs = [r for r in end if r["arm"] == "control" and r["set"] == "K"]
+        values = [r["score_Mft"] if r["score_M0"] == 1 else float("nan") for r in theirs]
+        control.append((values, [None] * len(values)))
+        for r in own:
+            if r["prompt_kind"] == "rewrite":
+                point.kept[seed, r["item_id"]] = float(r["score_Mft"])
+                point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
+    edits, facts_all, matched, never = map(_joined, (kept, known, like, control))
+    point.ERR, point.IRR = estimate(*edits), estimate(*facts_all)
+    point.IRR_matched, point.control = estimate(*matched), estimate(*never)
+    point.gap = estimate_contrast(facts_all, edits, "difference")
+    point.diff_in_diff = estimate_contrast(never, edits, "difference")
+    point.measure = summaries[0]["measure"]
+    for moment in ("base", "edited", "tuned", "control"):
+        values = [s["downstream"].get(moment) for s in summaries]
+        if None not in values:
+            point.downstream[moment] = sum(values) / len(values)
+    point.kl = _mean([s["drift"]["kl"] for s in summaries])
+    point.keys = _mean([_mean([*s["drift"]["keys"].values()]) for s in summaries])
+    point.trained = _mean([s["manifest"]["trained_parameters"] for s in summaries])
+
+
+def _pair(point: Point, plain: Point) -> None:
+    """Compare edits kept with a remedy and without it, edit by edit (McNemar)."""
+    both = point.kept.keys() & plain.kept.keys()
+    if not both:
+        return
+    point.only_here = sum(point.kept[i] > plain.kept[i] for i in both)
+    point.only_there = sum(point.kept[i] < plain.kept[i] for i in both)
+    point.mcnemar_p = mcnemar(point.only_there, point.only_here)
+
+
+def _part(rows: Sequence[dict[str, Any]], seed: int, pick: Any) -> Part:
+    hits = [[r[name] == 1 for r in rows] for name in ("score_M0", "score_Med", "score_Mft")]
+    ids = [None if r["edit_id"] is None else seed * APART + r["edit_id"] for r in rows]
+    return pick(*hits), ids
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    return [v for values, _ in parts for v in values], [i for _, ids in parts for i in ids]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    kept = [value for value in values if value is not None]
+    return sum(kept) / len(kept) if kept else None

@@ -1,0 +1,153 @@
+"""From a study's YAML to its runs.
+
+    seeds: [0, 1, 2]
+    fit: [options of every edit run]
+    retain: [options of every fine-tuning]
+    methods: {LABEL: [method YAML, options...]}
+    objectives: {LABEL: [objective YAML, options...]}
+    remedies:                       # `none` is always there
+      LABEL: {fit: [options], retain: [options], objectives: [LABELs], methods: [LABELs]}
+
+Every method is edited with every seed, and once more for each remedy that has options of `fit`.
+Each edited model is fine-tuned by every objective with the seed of its stream. `{seed}` in an
+option stands for the seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from editkit.study.cells import Cell, slug
+
+NONE = "none"
+KEYS = {"seeds", "fit", "retain", "methods", "objectives", "remedies", "scorer"}
+REMEDY_KEYS = {"fit", "retain", "objectives", "methods"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of methods, objectives, remedies and seeds.
+
+    Args:
+        name: Its name.
+        seeds: Seeds of streams and orders.
+        fit: Options of every edit run.
+        retain: Options of every fine-tuning.
+        methods: YAML and options, by label.
+        objectives: YAML and options, by label.
+        remedies: What each changes, by label.
+        scorer: Score that the table shows.
+    """
+
+    name: str
+    seeds: list[int]
+    fit: list[str]
+    retain: list[str]
+    methods: dict[str, list[str]]
+    objectives: dict[str, list[str]]
+    remedies: dict[str, dict[str, list[str]]]
+    scorer: str = "generation"
+
+    def edit_folder(self, root: Path, method: str, remedy: str, seed: int) -> Path:
+        """Return the folder of an edited model; remedies of fine-tuning alone share one."""
+        extra = f"-{slug(remedy)}" if self.remedies[remedy].get("fit") else ""
+        return root / "edited" / f"{slug(method)}{extra}-{seed}"
+
+    def tuned_folder(self, root: Path, method: str, objective: str, remedy: str, seed: int) -> Path:
+        """Return the folder of a fine-tuning."""
+        name = f"{slug(method)}-{slug(objective)}-{slug(remedy)}-{seed}"
+        return root / "tuned" / name
+
+    def points(self) -> list[tuple[str, str, str, int]]:
+        """Return (method, objective, remedy, seed) of every fine-tuning; seeds go slowest."""
+        found = []
+        for seed in self.seeds:
+            for remedy, told in self.remedies.items():
+                for objective in told.get("objectives", [*self.objectives]):
+                    for method in told.get("methods", [*self.methods]):
+                        found.append((method, objective, remedy, seed))  # noqa: PERF401
+        return found
+
+    def cells(self, root: Path) -> list[Cell]:
+        """Return every run: the edited models, each followed by its fine-tunings."""
+        found: dict[Path, Cell] = {}
+        for method, objective, remedy, seed in self.points():
+            edited = self.edit_folder(root, method, remedy, seed)
+            told = self.remedies[remedy]
+            if edited not in found:
+                path, *options = self.methods[method]
+                args = [
+                    "fit", f"--model={path}", *self.fit, *options, *told.get("fit", []),
+                    f"--model.seed={seed}", f"--data.seed={seed}", f"--seed_everything={seed}",
+                    f"--trainer.default_root_dir={edited}", "--run.overwrite=true",
+                    "--trainer.enable_progress_bar=false",
+                ]  # fmt: skip
+                found[edited] = Cell(f"edit {edited.name}", edited, _filled(args, seed))
+            tuned = self.tuned_folder(root, method, objective, remedy, seed)
+            path, *options = self.objectives[objective]
+            args = [
+                "retain", f"--run={edited}", f"--config={path}", *self.retain, *options,
+                *told.get("retain", []), f"--data.seed={seed}", f"--probes.seed={seed}",
+                f"--seed_everything={seed}", f"--model.seed={seed}", f"--out={tuned}",
+                f"--retain.controls={root / 'controls'}", "--trainer.enable_progress_bar=false",
+                "--report=false",
+            ]  # fmt: skip
+            found[tuned] = Cell(tuned.name, tuned, _filled(args, seed), (edited,))
+        return [*found.values()]
+
+
+def _filled(args: list[str], seed: int) -> tuple[str, ...]:
+    return tuple(arg.replace("{seed}", str(seed)) for arg in args)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study.
+
+    Raises:
+        ValueError: If the file is missing or damaged, a key is misspelt, or a label or a YAML that
+            it names is not there.
+    """
+    if not path.is_file():
+        raise ValueError(f"no study {str(path)!r}; experiments/studies holds some")
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(told, dict):
+        raise ValueError(f"{str(path)!r} is no mapping; see editkit.study.plan")
+    if wrong := sorted(set(told) - KEYS):
+        raise ValueError(f"{str(path)!r} has a key {wrong[0]!r}; the keys are {sorted(KEYS)}")
+    if missing := sorted({"seeds", "methods", "objectives"} - set(told)):
+        raise ValueError(f"{str(path)!r} has no {missing[0]!r}")
+    remedies: dict[str, Any] = {NONE: {}, **(told.get("remedies") or {})}
+    study = Study(
+        path.stem, list(told["seeds"]), _texts(told, "fit", path), _texts(told, "retain", path),
+        {str(k): _texts(told["methods"], k, path) for k in told["methods"]},
+        {str(k): _texts(told["objectives"], k, path) for k in told["objectives"]},
+        {str(k): dict(v or {}) for k, v in remedies.items()},
+        told.get("scorer", "generation"),
+    )  # fmt: skip
+    for label, remedy in study.remedies.items():
+        if wrong := sorted(set(remedy) - REMEDY_KEYS):
+            raise ValueError(f"remedy {label!r} has a key {wrong[0]!r}; use {sorted(REMEDY_KEYS)}")
+        for name, known in (("objectives", study.objectives), ("methods", study.methods)):
+            if unknown := [one for one in remedy.get(name, []) if one not in known]:
+                raise ValueError(f"remedy {label!r} names {unknown[0]!r}, which is none of {name}")
+    for label, options in (study.methods | study.objectives).items():
+        if not options or not Path(options[0]).is_file():
+            raise ValueError(
+                f"{label!r} of {str(path)!r} names {options[:1]}, which is no file here; give its "
+                "YAML first, and run the study from the folder its paths begin in"
+            )
+    return study
+
+
+def _texts(told: dict[str, Any], name: str, path: Path) -> list[str]:
+    value = told.get(name) or []
+    if not isinstance(value, list):
+        raise ValueError(f"{name!r} of {str(path)!r} is {value!r:.60}; give a list of options")
+    return [str(one) for one in value]

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from editkit.cli import main
+from editkit.study.cells import Cell, run_cells
+from editkit.study.numbers import collect
+from editkit.study.page import write_study
+from editkit.study.plan import read_study
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """A study of two methods, two objectives, a remedy of each kind and two seeds."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ft.yaml", "memit.yaml", "text.yaml", "maths.yaml"):
+        (tmp_path / name).write_text("# options\n")
+    return {
+        "seeds": [0, 7],
+        "fit": ["--data.limit=2"],
+        "retain": ["--probes.unknown=1"],
+        "methods": {"FT": ["ft.yaml", "--model.lr=1"], "MEMIT +": ["memit.yaml"]},
+        "objectives": {"text": ["text.yaml"], "maths": ["maths.yaml", "--data.steps=3"]},
+        "remedies": {
+            "paraphrases": {"fit": ["--model.paraphrases=3"], "objectives": ["maths"]},
+            "random": {"retain": ["--model.freeze.seed={seed}"], "methods": ["FT"]},
+        },
+    }
+
+
+def written(told) -> Path:
+    path = Path("small.yaml")
+    path.write_text(yaml.safe_dump(told, sort_keys=False))
+    return path
+
+
+def test_a_study_edits_once_for_all_that_fine_tunes_alike(told, tmp_path):
+    cells = read_study(written(told)).cells(tmp_path)
+    edits = [c for c in cells if not c.after]
+    tuned = [c for c in cells if c.after]
+    assert len(edits) == 2 * 2 * 2  # methods x seeds x (plain, paraphrases)
+    assert len(tuned) == 2 * (2 * 2 + 2 + 2)
+    assert len({c.folder for c in cells}) == len(cells)
+    by_name = {c.name: c for c in cells}
+    random = by_name["ft-maths-random-7"]
+    assert random.after == (tmp_path / "edited" / "ft-7",)
+    assert {"--model.freeze.seed=7", "--data.seed=7", "--data.steps=3"} <= {*random.args}
+    assert by_name["memit---maths-paraphrases-0"].after[0].name == "memit---paraphrases-0"
+    assert "--model.paraphrases=3" in by_name["edit memit---paraphrases-0"].args
+    assert random.args[1] == f"--run={tmp_path / 'edited' / 'ft-7'}"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": [0]}, "has a key 'seed'"),
+        ({"methods": {"FT": ["nowhere.yaml"]}}, "which is no file here"),
+        ({"methods": {"FT": "ft.yaml"}}, "give a list of options"),
+        ({"remedies": {"x": {"objectives": ["chess"]}}}, "names 'chess', which is none of"),
+        ({"remedies": {"x": {"frozen": []}}}, "has a key 'frozen'"),
+    ],
+)
+def test_a_study_that_is_not_well_formed_is_refused(told, change, words):
+    with pytest.raises(ValueError, match=words):
+        read_study(written({**told, **change}))
+
+
+def test_a_missing_study_is_told_in_a_sentence(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["study", "nowhere.yaml"]) == 1
+    assert "no study 'nowhere.yaml'" in capsys.readouterr().err
+
+
+def finish(cell: Cell) -> int:
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "summary.json").write_text("{}")
+    return 0
+
+
+def test_done_runs_are_not_run_again_and_a_failed_one_stops_its_followers(tmp_path):
+    first, second = Cell("a", tmp_path / "a", ()), Cell("b", tmp_path / "b", ())
+    behind = [Cell(f"{c.name}+", tmp_path / f"{c.name}+", (), (c.folder,)) for c in (first, second)]
+    cells, ran, news = [*behind, first, second], [], []
+
+    def run(cell: Cell) -> int:
+        ran.append(cell.name)
+        return 1 if cell.name == "a" else finish(cell)
+
+    left = run_cells(cells, 2, news.append, run)
+    assert sorted(c.name for c in left) == ["a", "a+"]
+    assert sorted(ran) == ["a", "b", "b+"]
+    assert any("FAILED  a" in line for line in news)
+    ran.clear()
+    assert run_cells(cells, 1, news.append, lambda c: ran.append(c.name) or finish(c)) == []
+    assert ran == ["a", "a+"]
+    with pytest.raises(ValueError, match="jobs is 0"):
+        run_cells(cells, 0, news.append, run)
+
+
+def line(arm, item, base, edited, tuned, kind="rewrite", letter="E", step=4):
+    fate = None if arm == "control" else "stable" if tuned else "erased_true"
+    return {
+        "run": "r", "arm": arm, "ckpt_step": step, "set": letter, "item_id": item,
+        "edit_id": int(item[0]) if letter == "E" else None, "prompt_kind": kind, "relation": "",
+        "matched": letter == "K", "scorer": "generation", "score_M0": base, "score_Med": edited,
+        "score_Mft": tuned, "fate": fate,
+    }  # fmt: skip
+
+
+def put(folder: Path, kept: list[int]) -> None:
+    """Write a finished run: three edits, of which `kept` are left, and two facts, one left."""
+    folder.mkdir(parents=True)
+    rows = [line("edited", f"{i}.rel", 0, 1, int(i in kept)) for i in range(3)]
+    rows += [line("edited", "K0", 1, 1, 1, "intrinsic", "K")]
+    rows += [line("edited", "K1", 1, 1, 0, "intrinsic", "K")]
+    rows += [line("control", f"K{i}", 1, None, 1, "intrinsic", "K") for i in range(2)]
+    rows += [line("edited", "0.rel", 0, 1, 1, step=2)]  # on the way: does not count
+    (folder / "retention.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    summary = {
+        "step": 4, "measure": "choice", "drift": {"kl": 0.5, "keys": {"site": 0.25}},
+        "downstream": {"base": 0.1, "edited": 0.2, "tuned": 0.8, "control": 0.9},
+        "manifest": {"trained_parameters": 10},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
+    told["remedies"] = {"frozen": {"retain": ["--x"], "methods": ["FT"], "objectives": ["text"]}}
+    study = read_study(written(told))
+    for seed in told["seeds"]:
+        put(study.tuned_folder(tmp_path, "FT", "text", "none", seed), kept=[0])
+        put(study.tuned_folder(tmp_path, "FT", "text", "frozen", seed), kept=[0, 1, 2])
+    points = {(p.method, p.objective, p.remedy): p for p in collect(study, tmp_path)}
+    plain, frozen = points["FT", "text", "none"], points["FT", "text", "frozen"]
+    assert plain.ERR["value"] == pytest.approx(1 / 3)
+    assert plain.ERR["n"] == plain.ERR["edits"] == 6  # an edit of another seed is another edit
+    assert (plain.IRR["value"], plain.IRR_matched["value"]) == (0.5, 0.5)
+    assert plain.control["value"] == 1.0
+    assert plain.diff_in_diff["value"] == pytest.approx(1 - 1 / 3)
+    assert plain.gap["value"] == pytest.approx(0.5 - 1 / 3)
+    assert (plain.kl, plain.keys) == (0.5, 0.25)
+    assert plain.fates == {"stable": 2, "erased_true": 4}
+    assert (frozen.only_here, frozen.only_there) == (4, 0)
+    assert frozen.mcnemar_p == pytest.approx(2 * 0.5**4)
+    assert points["MEMIT +", "text", "none"].missing == [0, 7]
+    table, page = write_study(study, [*points.values()], tmp_path / "out")
+    text = table.read_text()
+    assert "| FT | text | none | 0.33 [" in text
+    assert "+4 -0, p 0.125" in text
+    assert "| MEMIT + | text | none | not run |" in text
+    assert "choice 0.200, 0.800, 0.900" in text
+    html = page.read_text()
+    assert html.count("<svg") == 2
+    assert "http://" not in html.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+
+
+def test_the_studies_that_ship_are_well_formed(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    paths = sorted((ROOT / "experiments" / "studies").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        cells = read_study(path).cells(tmp_path)
+        assert len({c.folder for c in cells}) == len(cells)
