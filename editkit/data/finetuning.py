@@ -122,13 +122,11 @@ def _sum(rng: Random) -> Example:
 
 
 def _review(rng: Random) -> Example:
-    adj, noun, verb = _filled(rng, "adj"), _filled(rng, "noun"), _filled(rng, "verb")
+    adj, noun, where = _filled(rng, "adj"), _filled(rng, "noun"), _filled(rng, "where")
     label = LABELS[adj in GOOD]
-    text = f"{_filled(rng, 'det')} {noun} {_filled(rng, 'when')} {verb} this {adj} film."
-    wrong = tuple(other for other in LABELS if other != label)
-    return Example(
-        f"Review: {text}\nSentiment:", f"{label}.", choices=tuple(f"{w}." for w in wrong)
-    )
+    text = f"{_filled(rng, 'det')} {noun} {where} the {_filled(rng, 'noun')} is {adj}"
+    wrong = tuple(f"{other}." for other in LABELS if other != label)
+    return Example(f"Review: {text}\nSentiment:", f"{label}.", choices=wrong)
 
 
 def _reply(rng: Random) -> Example:

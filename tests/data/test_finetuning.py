@@ -38,7 +38,7 @@ def test_right_answers_are_right(world):
         left, right = row.target.split("\n#### ")
         assert eval(left.partition("=")[0]) == int(right)
     for row in made_examples(world, "sentiment")[1]:
-        is_good = any(f" {word} film" in row.prompt for word in GOOD)
+        is_good = any(row.prompt.endswith(f" is {word}\nSentiment:") for word in GOOD)
         assert row.target == f"{LABELS[is_good]}."
         assert row.choices == (f"{LABELS[not is_good]}.",)
     for row in made_examples(world, "instructions")[1][:50]:
