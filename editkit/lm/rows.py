@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,22 @@ class SiteRows:
             if not adds_up:
                 self.hidden_BTH = lm.hidden_before(site.layer, self.tokens)
 
+    def __len__(self) -> int:
+        return len(self.hidden_BTH)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """Return the tokens, bool [T], that `at` leaves of some rows (int64): up to the longest."""
+        return self.tokens.mask_BT[rows].any(0)
+
+    def at(self, rows: Tensor) -> SiteRows:
+        """Return these rows (int64), in their order; nothing runs again."""
+        part, columns_T = copy(self), self.columns(rows)
+        part.tokens = self.tokens.rows(rows)
+        part.partly = partly_needed(self.lm, self.site.layer + 1, part.tokens)
+        part.inputs_BTF = self.inputs_BTF[rows][:, columns_T]
+        part.hidden_BTH = self.hidden_BTH[rows][:, columns_T]
+        return part
+
     def losses(self, added_BTD: Tensor) -> Tensor:
         """Return each row's mean target NLL, nats [B], with `added_BTD` added to the site's output.
 
@@ -163,10 +180,13 @@ def run_to_site(lm: EditableLM, site: Site, tokens: Tokens) -> tuple[Tensor, Ten
 def adds_up(lm: EditableLM, site: Site) -> bool:
     """Whether what is added to a site's output leaves its block as it was added.
 
-    So it is in every block that sums its parts; a norm behind the site (Gemma-2) prevents it.
+    So it is at the end of every part that a block sums up; a norm behind the site (Gemma-2)
+    prevents it, or an activation.
     """
     tokens = lm.encode(["What is added up?"])
     before_BTH = run_to_site(lm, site, tokens)[1].float()
+    if site.out_features != before_BTH.shape[-1]:
+        return False
     added_BTH = before_BTH.roll(1, dims=-1)
     with change(lm.model, {site.path: lambda y_BTD: y_BTD + added_BTH.to(y_BTD)}):
         after_BTH = run_to_site(lm, site, tokens)[1].float()
