@@ -100,3 +100,13 @@ def placed(book: Book, edits: Book, eps: float) -> Placement:
     )
     kept_K = stands_N.nonzero()[:, 0].to(joined.key_KF.device)
     return Placement(Book(*(table[kept_K] for table in changed)), kept_K, place_N[chosen])
+
+
+def mean_label(prompt: list[int], target: list[int]) -> int:
+    """Return what the released code compares answers by, as bits: a mean over ids.
+
+    The target's ids and -100 for each token of the prompt (grace/editors/grace.py@f674183,
+    `label_match`).
+    """
+    mean = torch.tensor([-100] * len(prompt) + target).float().mean()
+    return int(mean.view(torch.int32))

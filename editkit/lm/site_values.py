@@ -6,7 +6,7 @@ Legend: E values, B rows (the same number for each value), T tokens, D width of 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from editkit.lm.rows import SiteRows
 
@@ -16,17 +16,18 @@ class SiteValues:
 
     Args:
         rows: Rows of the values, value by value.
-        output_BTD: What the site itself gives for the rows.
+        layer: The site's own layer.
         here_BT: Tokens at which a row takes its value.
         each: Rows of a value.
         stop_below: Loss in nats per token at which a value is done.
     """
 
     def __init__(
-        self, rows: SiteRows, output_BTD: Tensor, here_BT: Tensor, each: int, stop_below: float
+        self, rows: SiteRows, layer: nn.Module, here_BT: Tensor, each: int, stop_below: float
     ) -> None:
         self.rows = rows
-        self.output_BTD = output_BTD
+        with torch.no_grad():
+            self.output_BTD: Tensor = layer(rows.inputs_BTF)
         self.here_BT = here_BT
         self.each = each
         self.stop_below = stop_below

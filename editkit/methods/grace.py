@@ -22,15 +22,14 @@ Deviations:
     - An edit is done at `stop_below` (the release takes all steps; 0 does so too).
     - Edits of a batch are placed one after another and trained together, a key that several of them
       share once for each, in order: what comes out is what comes of one at a time.
-    - Values trained under noise (`val_train: adv`) and keys that move (`eps_expand:
-      moving_average`), options of the release that its configurations leave off, are not offered.
+    - Options that the release's configurations leave off are not offered: values trained under
+      noise (`val_train: adv`), keys that move (`eps_expand: moving_average`).
 
 `replace_prompt` leaves the last prompt token as it is, as released, and so does nothing in the last
 block. Without `prefixes` an edit trains on its bare prompt, as released.
 
-Undo is exact, as if the edit had never been made, where its key has met no other: neither widened,
-halved or trained by another edit, nor standing between one and its key. It is refused otherwise,
-but for the newest edit, made alone, which is always taken back bit for bit.
+Undo is exact, as if the edit had never been made, where its key has met no other edit. Otherwise it
+is refused, but for the newest edit, made alone, which is always taken back bit for bit.
 
 Costs: 4 (F + D) bytes an edit (Llama-3-8B's down-projection: 74 kB), a distance to every key per
 prompt, and up to `steps` passes through the blocks above the layer per edit.
@@ -47,7 +46,7 @@ from torch import Tensor, nn
 from editkit.adapters.codebook import Codebook, Replacement
 from editkit.descend import descend_rows
 from editkit.edits import Edit
-from editkit.functional.codebook import Book, placed
+from editkit.functional.codebook import Book, mean_label, placed
 from editkit.lm.rows import SiteRows
 from editkit.lm.site_values import SiteValues
 from editkit.methods.base import UndoError
@@ -122,7 +121,7 @@ class GRACE(MemoryEdit):
         self.memory = self.lm.attach(self.site.path, self.make_memory)
 
     def make_memory(self, base_layer: nn.Module) -> Codebook:
-        """Build the layer around a base layer."""
+        """Build the codebook around a base layer."""
         return Codebook(base_layer, self.replacement)
 
     def owners(self, slot_B: Tensor) -> list[int | None]:
@@ -144,10 +143,9 @@ class GRACE(MemoryEdit):
         self.newest = [e.id for e in edits]
         found_E = memory.route(x_ETF, prompt_ET).slot_B.cpu()
         is_found_E = (found_E == places.key_E) & (found_E >= 0)
-        return {
-            "steps": float(steps),
-            "loss": float(losses_E.nanmean()),
-            "self_match": float(is_found_E.float().mean()),
+        numbers = {"steps": float(steps), "loss": float(losses_E.nanmean())}
+        numbers["self_match"] = float(is_found_E.float().mean())
+        return numbers | {
             "keys": float(len(memory.values)),
             "radius": float(memory.radius_K.mean()),
         }
@@ -176,8 +174,8 @@ class GRACE(MemoryEdit):
         prompts, targets = [e.prompt for e in edits], [e.target for e in edits]
         labels = text_hashes(self.lm, targets)
         if self.compat:
-            heads, tails = self.lm.policy.pieces(prompts, targets, self.append_eos)
-            labels = [_mean_label(head, tail) for head, tail in zip(heads, tails, strict=True)]
+            pieces = zip(*self.lm.policy.pieces(prompts, targets, self.append_eos), strict=True)
+            labels = [mean_label(head, tail) for head, tail in pieces]
         ids = self.memory.edit_K.new_tensor
         return Book(
             query_EF,
@@ -201,7 +199,7 @@ class GRACE(MemoryEdit):
         self, edits: list[Edit], rows: SiteRows, values_KD: Tensor, key_E: Tensor
     ) -> tuple[Tensor, int]:
         """Train the edits' values in place; return last losses [E] (nan: not taught), and steps."""
-        each, keys = len(rows) // len(edits), key_E.tolist()
+        memory, each, keys = self.memory, len(rows) // len(edits), key_E.tolist()
         rows_E = torch.arange(len(rows), device=self.lm.device).view(len(edits), each)
         losses_E = torch.full((len(edits),), torch.nan, dtype=torch.float32)
         waiting = [e for e, key in enumerate(keys) if key >= 0]
@@ -209,7 +207,9 @@ class GRACE(MemoryEdit):
         while waiting:
             now = sorted({keys[e]: e for e in reversed(waiting)}.values())  # the first of each key
             waiting = [e for e in waiting if e not in now]
-            loss = self._loss(rows.at(rows_E[now].flatten()), each)
+            part = rows.at(rows_E[now].flatten())
+            here_BT = memory.places(part.tokens.prompt_BT)
+            loss = SiteValues(part, memory.base_layer, here_BT, each, self.stop_below)
             names = [f"edit {edits[e].id}" for e in now]
             at = [keys[e] for e in now]
             # one call more than steps, as the last takes none
@@ -218,15 +218,3 @@ class GRACE(MemoryEdit):
             losses_E[now] = loss.last_E.cpu()
             steps += int(found.calls_B.max()) - 1
         return losses_E, steps
-
-    @torch.no_grad()
-    def _loss(self, rows: SiteRows, each: int) -> SiteValues:
-        output_BTD = self.memory.base_layer(rows.inputs_BTF)
-        here_BT = self.memory.places(rows.tokens.prompt_BT)
-        return SiteValues(rows, output_BTD, here_BT, each, self.stop_below)
-
-
-def _mean_label(head: list[int], tail: list[int]) -> int:
-    """Return the released code's label: the mean of target ids and a -100 per prompt token."""
-    mean = torch.tensor([-100] * len(head) + tail).float().mean()
-    return int(mean.view(torch.int32))
