@@ -73,10 +73,11 @@ class Pools(nn.Module):
         deltas_PDC = self.deltas.detach()[picked]
         many, out, _ = deltas_PDC.shape
         if self.is_whole:
-            return F.linear(x_BTF.float(), deltas_PDC.flatten(0, 1)).unflatten(-1, (many, out))
+            flat_BTN = F.linear(x_BTF.float(), deltas_PDC.flatten(0, 1))
+            return flat_BTN.view(*x_BTF.shape[:2], many, out)
         x_PNC = x_BTF.flatten(0, 1).float()[:, self.columns_PC[picked]].transpose(0, 1)
         change_PND = x_PNC @ deltas_PDC.transpose(1, 2)
-        return change_PND.transpose(0, 1).unflatten(0, x_BTF.shape[:2])
+        return change_PND.transpose(0, 1).reshape(*x_BTF.shape[:2], many, out)
 
     def grouped(self, x_RTF: Tensor, slot_R: Tensor) -> Tensor:
         """Return what each row's own pool adds to the output, fp32 [R, T, D]."""
@@ -93,13 +94,13 @@ class Pools(nn.Module):
         padded = x_RTC.new_zeros(len(slot_G), int(count_G.max()), *x_RTC.shape[1:])
         padded[group_R, place_R] = x_RTC
         change = padded.flatten(1, 2) @ self.deltas.detach()[slot_G].transpose(1, 2)
-        return change.unflatten(1, padded.shape[1:3])[group_R, place_R]
+        return change.view(*padded.shape[:3], -1)[group_R, place_R]
 
     def projected(self, x_BTF: Tensor) -> Tensor:
         """Return a random projection of what all pools add to the output, fp32 [B, T, P, S]."""
         pools, directions, _ = self.sketch_PSF.shape
-        flat = self.sketch_PSF.flatten(0, 1)
-        return F.linear(x_BTF.float(), flat).unflatten(-1, (pools, directions))
+        flat_BTN = F.linear(x_BTF.float(), self.sketch_PSF.flatten(0, 1))
+        return flat_BTN.view(*x_BTF.shape[:2], pools, directions)
 
     # writing
 

@@ -19,14 +19,14 @@ def mean_norms(change_BTD: Tensor, counted_BT: Tensor) -> Tensor:
         change_BTD: What the memory adds to the output at each token; [B, T, P, D] gives [B, P].
         counted_BT: Tokens that count, at least one a row.
     """
-    norm_BT = torch.linalg.vector_norm(change_BTD.float(), dim=-1)
+    norm_BT: Tensor = torch.linalg.vector_norm(change_BTD.float(), dim=-1)
     counted_BT = counted_BT.view(*counted_BT.shape, *(1,) * (norm_BT.ndim - 2))
     return (norm_BT * counted_BT).sum(1) / counted_BT.sum(1)
 
 
 def largest_norms(change_BTD: Tensor, counted_BT: Tensor) -> Tensor:
     """Largest norm over the counted tokens [B], as WISE is released for texts above 100 tokens."""
-    norm_BT = torch.linalg.vector_norm(change_BTD.float(), dim=-1)
+    norm_BT: Tensor = torch.linalg.vector_norm(change_BTD.float(), dim=-1)
     counted_BT = counted_BT.view(*counted_BT.shape, *(1,) * (norm_BT.ndim - 2))
     return norm_BT.masked_fill(~counted_BT, 0).amax(1)
 

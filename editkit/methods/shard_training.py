@@ -6,7 +6,6 @@ output, F layer input, C kept inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,10 +80,16 @@ class _Loss:
     """The loss of a lesson, and what it last saw."""
 
     def __init__(
-        self, memory: SideMemory, lesson: Lesson, mask: Mask, leaf_DC: Tensor, wanted: Wanted
+        self,
+        memory: SideMemory,
+        lesson: Lesson,
+        mask: Mask,
+        leaf_DC: Tensor,
+        origin_DC: Tensor,
+        wanted: Wanted,
     ) -> None:
         self.memory, self.lesson, self.mask = memory, lesson, mask
-        self.leaf_DC, self.wanted = leaf_DC, wanted
+        self.leaf_DC, self.origin_DC, self.wanted = leaf_DC, origin_DC, wanted
         rows = lesson.rows
         self.n = lesson.edits * lesson.per_edit
         self.rows_BTC = rows.inputs_BTF.float()[..., mask.columns_C]
@@ -98,7 +103,7 @@ class _Loss:
         self.found: tuple[Tensor, ...] = ()
 
     def __call__(self, step: int) -> Tensor:
-        leaf_DC, gate_DC = self.leaf_DC, self.mask.gate_DC
+        leaf_DC, gate_DC = self.leaf_DC - self.origin_DC, self.mask.gate_DC
         if gate_DC is not None:  # the same values; gradients where the gate is open
             leaf_DC = torch.where(gate_DC, leaf_DC, leaf_DC.detach())
         with torch.autocast(leaf_DC.device.type, enabled=False):
@@ -153,9 +158,17 @@ def train_shard(
     Raises:
         ValueError: If the loss is not finite.
     """
-    leaf_DC = start_DC.detach().clone().requires_grad_()
-    loss = _Loss(memory, lesson, mask, leaf_DC, wanted)
     fitting = wanted.fitting
+    # as released the weight itself is moved, and all of it decays
+    origin_DC = memory.weight_oi.float() if wanted.as_released else torch.zeros_like(start_DC)
+    leaf_DC = (origin_DC + start_DC.detach()).requires_grad_()
+    low_DC, high_DC = origin_DC - fitting.clamp, origin_DC + fitting.clamp
+
+    @torch.no_grad()
+    def project() -> None:
+        leaf_DC.copy_(leaf_DC.clamp(low_DC, high_DC))
+
+    loss = _Loss(memory, lesson, mask, leaf_DC, origin_DC, wanted)
     descent = descend(
         [leaf_DC],
         loss,
@@ -163,22 +176,7 @@ def train_shard(
         fitting.lr,
         stop_below=0.0,  # the sum over the edits that are not done
         weight_decay=fitting.weight_decay,
-        project=_projection(memory, leaf_DC, wanted),
+        project=project,
         optimizer=torch.optim.SGD if fitting.optimizer == "sgd" else torch.optim.AdamW,
     )
-    return Fit(leaf_DC.detach(), *loss.found, descent.steps)
-
-
-def _projection(memory: SideMemory, leaf_DC: Tensor, wanted: Wanted) -> Callable[[], None]:
-    """Return what is done after each step: the clamp and, as released, the base's own decay."""
-    fitting = wanted.fitting
-    decay = fitting.lr * fitting.weight_decay if wanted.as_released else 0.0
-    base_DC = memory.weight_oi.float() if decay else None
-
-    @torch.no_grad()
-    def project() -> None:
-        if base_DC is not None:
-            leaf_DC.sub_(base_DC, alpha=decay)
-        leaf_DC.clamp_(-fitting.clamp, fitting.clamp)
-
-    return project
+    return Fit(leaf_DC.detach() - origin_DC, *loss.found, descent.steps)
