@@ -14,7 +14,7 @@ test: $(STAMP) browser  ## lint, types, tests with coverage, notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov --cov-report=term:skip-covered --cov-fail-under=90
+	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 figures: $(STAMP)  ## measure the README's table again (about 10 minutes)
 	$(BIN)/python experiments/figures.py

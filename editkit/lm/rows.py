@@ -17,7 +17,7 @@ from editkit.functional.losses import target_nll
 from editkit.lm.blocks import tap, tokens_at
 from editkit.lm.editable import EditableLM
 from editkit.lm.sites import Site
-from editkit.lm.tokens import Tokens
+from editkit.lm.tokens import Padding, Tokens
 from editkit.lm.trace import change
 
 
@@ -83,6 +83,7 @@ class SiteRows:
         prompts: One text per row.
         targets: Answer per row.
         append_eos: Close each target with EOS.
+        padding: Side to pad on.
 
     Raises:
         ValueError: As `EditableLM.encode` does.
@@ -96,11 +97,12 @@ class SiteRows:
         prompts: list[str],
         targets: list[str],
         append_eos: bool = False,
+        padding: Padding = "right",
     ) -> None:
         self.lm = lm
         self.site = site
         self.adds_up = adds_up
-        self.tokens = lm.encode(prompts, targets, append_eos=append_eos)
+        self.tokens = lm.encode(prompts, targets, padding=padding, append_eos=append_eos)
         self.partly = partly_needed(lm, site.layer + 1, self.tokens)
         with lm.unedited():
             self.inputs_BTF, self.hidden_BTH = run_to_site(lm, site, self.tokens)
