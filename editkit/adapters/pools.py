@@ -31,7 +31,10 @@ class Pools(nn.Module):
     deltas: nn.Parameter
     columns_PC: Tensor
     floor_P: Tensor
+    outer_P: Tensor
     open_P: Tensor
+    name_P: Tensor
+    named: Tensor
     edit_M: Tensor
     home_M: Tensor
     sketch_PSF: Tensor
@@ -47,8 +50,11 @@ class Pools(nn.Module):
         index = torch.zeros(0, device=device, dtype=torch.long)
         self.deltas = nn.Parameter(blank.new_zeros(0, out, width))
         self.register_buffer("columns_PC", index.new_zeros(0, width))
-        self.register_buffer("floor_P", blank.clone())
+        self.register_buffer("floor_P", blank.clone())  # smallest score among a pool's own edits
+        self.register_buffer("outer_P", blank.clone())  # largest score known of other edits
         self.register_buffer("open_P", blank.bool())
+        self.register_buffer("name_P", index.clone())  # a pool's number, never given again
+        self.register_buffer("named", torch.zeros((), device=device, dtype=torch.long))
         self.register_buffer("edit_M", index.clone())
         self.register_buffer("home_M", index.clone())
         seeded = torch.Generator().manual_seed(0)
@@ -64,6 +70,20 @@ class Pools(nn.Module):
     def width(self) -> int:
         """Inputs C that each change has room for."""
         return self.deltas.shape[2]
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """All there is to the pools, as it is now; setting it goes back, but for used names."""
+        own = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return {**own, "deltas": self.deltas.data}
+
+    @tables.setter
+    def tables(self, tables: dict[str, Tensor]) -> None:
+        for name, table in tables.items():
+            if name == "deltas":
+                self.deltas.data = table
+            elif name != "named":
+                setattr(self, name, table)
 
     # products
 
@@ -126,7 +146,10 @@ class Pools(nn.Module):
             [F.pad(self.columns_PC, (0, wider)), F.pad(columns_C, (0, short))[None]]
         )
         self.floor_P = F.pad(self.floor_P, (0, 1), value=torch.inf)
+        self.outer_P = F.pad(self.outer_P, (0, 1))
         self.open_P = torch.cat([self.open_P, torch.ones_like(self.floor_P[:1]).bool()])
+        self.name_P = torch.cat([self.name_P, self.named[None]])
+        self.named = self.named + 1
         last = len(self) - 1
         self.sketch_PSF = torch.cat([self.sketch_PSF, self._sketched(last, last + 1)])
         return last
@@ -147,7 +170,7 @@ class Pools(nn.Module):
         gone_P[pools] = True
         kept_P, stays_M = ~gone_P, ~gone_P[self.home_M]
         self.deltas.data = self.deltas.data[kept_P]
-        for name in ("columns_PC", "floor_P", "open_P", "sketch_PSF"):
+        for name in ("columns_PC", "floor_P", "outer_P", "open_P", "name_P", "sketch_PSF"):
             setattr(self, name, getattr(self, name)[kept_P])
         index_P = kept_P.cumsum(0) - 1
         self.edit_M, self.home_M = self.edit_M[stays_M], index_P[self.home_M[stays_M]]

@@ -1,7 +1,8 @@
 """SideMemory: WISE's layer, y + (W'_p - W) x for the prompts that pool p claims.
 
 A prompt's score in a pool is how far that pool moves the layer's output at the prompt's tokens. A
-pool claims what exceeds a share of the smallest score among its own edits. All pools are scored in
+pool claims what exceeds a share of the smallest score among its own edits and, where scores of
+other edits are known, those too. All pools are scored in
 one product. Where there are many, a fixed random projection of the output ranks them and the best
 two are scored exactly.
 
@@ -31,6 +32,7 @@ from editkit.functional.routing import (
 )
 
 EXACTLY = 2  # pools that are scored exactly where the projection ranks them
+GAP = 0.05  # a threshold stays this share above other edits' scores, or below its own edits'
 AT_ONCE = 1 << 24  # numbers that scoring holds at a time
 
 
@@ -97,8 +99,10 @@ class SideMemory(RoutedLayer):
 
     @property
     def threshold_P(self) -> Tensor:
-        """Score that a prompt must exceed in each pool."""
-        return self.routing.act_ratio * self.pools.floor_P
+        """Score that a prompt must exceed in each pool: above other edits, below its own."""
+        pools = self.pools
+        between_P = torch.minimum((1 + GAP) * pools.outer_P, (1 - GAP) * pools.floor_P)
+        return torch.maximum(self.routing.act_ratio * pools.floor_P, between_P)
 
     def score(self, x_BTF: Tensor, change_BTD: Tensor, prompt_BT: Tensor) -> Tensor:
         """Return the scores of changes of the output, fp32: [B], or [B, P] of [B, T, P, D].
@@ -199,6 +203,13 @@ class SideMemory(RoutedLayer):
         self.pools.drop(pools)
         self.writes += 1
         self.is_written = len(self.pools) > 0
+
+    def drop_empty(self) -> None:
+        """Forget the pools in which no edit lives."""
+        lived = set(self.pools.home_M.tolist())
+        empty = [pool for pool in range(len(self.pools)) if pool not in lived]
+        if empty:
+            self.drop(empty)
 
 
 def _chunks(x_BTF: Tensor, prompt_BT: Tensor, numbers: int) -> list[tuple[Tensor, Tensor]]:

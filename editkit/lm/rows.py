@@ -125,11 +125,35 @@ class SiteRows:
         part.hidden_BTH = self.hidden_BTH[rows][:, columns_T]
         return part
 
+    @classmethod
+    def stored(
+        cls, lm: EditableLM, site: Site, adds_up: bool, tokens: Tokens, *states_BT: Tensor
+    ) -> SiteRows:
+        """Return rows whose `inputs_BTF` and `hidden_BTH` are known already."""
+        rows = cls.__new__(cls)
+        rows.lm, rows.site, rows.adds_up, rows.tokens = lm, site, adds_up, tokens
+        rows.partly = partly_needed(lm, site.layer + 1, tokens)
+        rows.inputs_BTF, rows.hidden_BTH = states_BT
+        return rows
+
     def losses(self, added_BTD: Tensor) -> Tensor:
         """Return each row's mean target NLL, nats [B], with `added_BTD` added to the site's output.
 
         Gradients reach `added_BTD`.
         """
+        ids_N, rows_N = self.tokens.target_ids_N, self.tokens.target_rows_N
+        return target_nll(self.logits(added_BTD), ids_N, rows_N, len(self.tokens.ids_BT))
+
+    @torch.no_grad()
+    def hits(self, added_BTD: Tensor) -> Tensor:
+        """Return the share of each row's target tokens that come out likeliest, fp32 [B]."""
+        right_N = (self.logits(added_BTD).argmax(-1) == self.tokens.target_ids_N).float()
+        size_B = self.tokens.target_BT.sum(1)
+        found_B = right_N.new_zeros(len(size_B))
+        return found_B.index_add(0, self.tokens.target_rows_N, right_N) / size_B
+
+    def logits(self, added_BTD: Tensor) -> Tensor:
+        """Return fp32 logits [N, V] that predict the target tokens."""
         lm, tokens = self.lm, self.tokens
         with ExitStack() as stack:
             stack.enter_context(lm.unedited())
@@ -142,8 +166,7 @@ class SiteRows:
                 stack.enter_context(change(lm.model, add))
             for module, flat_N in self.partly:
                 stack.enter_context(tokens_at(module, flat_N, spread=True))
-            logits_NV = lm.target_logits(tokens, above, hidden_BTH)
-        return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
+            return lm.target_logits(tokens, above, hidden_BTH)
 
 
 def partly_needed(lm: EditableLM, first: int, tokens: Tokens) -> list[tuple[nn.Module, Tensor]]:

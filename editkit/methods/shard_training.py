@@ -26,13 +26,15 @@ class Wanted:
 
     Args:
         fitting: How it is descended on.
-        margins: Margins, absolute.
+        margins: Margins.
+        unit: Score that counts as one.
         distillation: What draws the edits of a batch together.
         as_released: Weigh, stop and decay as the released code does.
     """
 
     fitting: Fitting
     margins: Margins
+    unit: float
     distillation: Distillation
     as_released: bool
 
@@ -139,7 +141,8 @@ class _Loss:
             lesson.rows.inputs_BTF[:n], change_BTD[:n], lesson.rows.tokens.prompt_BT[:n]
         )
         outside_B = self.memory.score(lesson.others_BTF, others_BTD, lesson.others_BT)
-        return inside_B.view(lesson.edits, -1), outside_B.view(lesson.edits, -1)
+        unit = self.wanted.unit
+        return (inside_B / unit).view(lesson.edits, -1), (outside_B / unit).view(lesson.edits, -1)
 
     def _are_done(self, total_E: Tensor) -> Tensor:
         """Return which edits take no further step, bool [E]."""

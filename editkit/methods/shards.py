@@ -1,11 +1,11 @@
-"""Settings of shards, their masks and their merging, which WISE and REPAIR share.
+"""Settings of WISE and REPAIR; the masks of shards, and their merging.
 
 Legend: D layer output, F layer input, C kept inputs of a shard, S shards.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -98,7 +98,7 @@ class Margins:
         inside: Score that an edit's rows should reach (beta, gamma_2).
         apart: Distance between the two (gamma).
         weight: Weight of the margins beside the edit's own loss (REPAIR: lambda_a).
-        relative: Give all three in units of the mean norm of the layer's output over unrelated
+        relative: Measure scores in units of the mean norm of the layer's output over unrelated
             prompts, which differs from model to model; false takes them as they are.
     """
 
@@ -122,6 +122,55 @@ class Distillation:
     weight: float = 0.0
     cosine: float = 0.2
     variance: float = 0.2
+
+
+@dataclass(frozen=True)
+class Regroup:
+    """How a window is dealt into batches.
+
+    Args:
+        by_likeness: Batch like edits; false takes them as they came.
+        consistency: 1 - cos to the seed from which an edit leaves its batch (eps_cons).
+        deferrals: Later windows that an edit may wait for.
+    """
+
+    by_likeness: bool = True
+    consistency: float = 0.5
+    deferrals: int = 2
+
+
+@dataclass(frozen=True)
+class Loop:
+    """When pools are pruned and rebuilt.
+
+    Args:
+        enabled: Check and rebuild; false leaves pools as their windows made them.
+        correct: Share of right target tokens that an edit must exceed (Err_Thresh, tau_correct).
+        prune: Share of failing edits above which a pool is rebuilt (tau_prune).
+        errors: Failing edits above which the worst pool is rebuilt (tau_E).
+        retries: Times that a pool is tried.
+        budget: Trainings of an edit, on average, beyond which nothing is rebuilt.
+    """
+
+    enabled: bool = True
+    correct: float = 0.85
+    prune: float = 0.3
+    errors: int = 30
+    retries: int = 3
+    budget: float = 10.0
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the shards of a window are merged.
+
+    Args:
+        alpha: Weight of a shard's loss; 0 weighs all alike, as WISE does.
+        conflict: `elect` signs by weighted sum, or let the largest weighted entry be the `winner`.
+    """
+
+    alpha: float = 1.0
+    conflict: Literal["elect", "winner"] = "elect"
 
 
 @dataclass(frozen=True)
@@ -151,7 +200,11 @@ class Mask:
 
 
 def merged(
-    pools: Pools, chosen: list[int], weights_S: Tensor | None, keep: float
+    pools: Pools,
+    chosen: list[int],
+    weights_S: Tensor | None,
+    keep: float,
+    conflict: Literal["elect", "winner"] = "elect",
 ) -> tuple[Tensor, Tensor]:
     """Merge pools by TIES; return the change and the inputs that it keeps.
 
@@ -160,20 +213,7 @@ def merged(
     """
     deltas_SDF = pools.dense(chosen)
     if pools.is_whole:
-        return ties_merge(deltas_SDF, weights_S, keep), pools.columns_PC[chosen[0]]
+        return ties_merge(deltas_SDF, weights_S, keep, conflict), pools.columns_PC[chosen[0]]
     columns_C = deltas_SDF.any(1).any(0).nonzero()[:, 0]
     share = min(1.0, keep * deltas_SDF.shape[2] / max(1, len(columns_C)))
-    return ties_merge(deltas_SDF[..., columns_C], weights_S, share), columns_C
-
-
-def scaled(margins: Margins, unit: float) -> Margins:
-    """Return absolute margins."""
-    if not margins.relative:
-        return margins
-    return replace(
-        margins,
-        outside=margins.outside * unit,
-        inside=margins.inside * unit,
-        apart=margins.apart * unit,
-        relative=False,
-    )
+    return ties_merge(deltas_SDF[..., columns_C], weights_S, share, conflict), columns_C

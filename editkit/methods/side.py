@@ -20,7 +20,7 @@ from editkit.lm.rows import SiteRows, run_to_site
 from editkit.methods.base import UndoError
 from editkit.methods.memory import MemoryEdit
 from editkit.methods.shard_training import Fit, Lesson, Wanted, train_shard
-from editkit.methods.shards import Distillation, Fitting, Margins, Mask, Shards, scaled
+from editkit.methods.shards import Distillation, Fitting, Margins, Mask, Shards
 from editkit.metrics.evaluate import ProbeRow
 
 HELD_OUT, UNRELATED = 200, 300  # prompts that tell of false activations, and to train against
@@ -118,8 +118,7 @@ class SideEdit(MemoryEdit):
         start_DC = self.memory.weight_oi.new_zeros(shape, dtype=torch.float32)
         if pool is not None:
             start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
-        margins = scaled(self.margins, self.unit)
-        wanted = Wanted(self.fitting, margins, self.distillation, self.compat)
+        wanted = Wanted(self.fitting, self.margins, self.unit, self.distillation, self.compat)
         return train_shard(self.memory, self.lesson(edits), start_DC, mask, wanted)
 
     def lesson(self, edits: list[Edit]) -> Lesson:
