@@ -229,32 +229,34 @@ def measure_editing(name: str, model: str, count: int) -> dict[str, Any]:
     data = FactWorld(limit=count)
     data.setup()
     edits, layer = list(data.edits), LAYERS[name]
+    lines: list[dict[str, Any]] = []
+
+    def note(label: str, took: Seconds, method: WISE) -> None:
+        line = {"what": label, "s/edit": took.wall / count, "CPU s/edit": took.cpu / count}
+        method.score_unedited(data.probes)
+        line |= {"pools": len(method.memory.pools), **quality(method.score(data.probes))}
+        line["speedup"] = lines[0]["CPU s/edit"] / line["CPU s/edit"] if lines else 1.0
+        lines.append(line)
+        console.print(line)
+
     plain = PlainLoop(start(WISE, model, layer, mask="elementwise"))
-    with Seconds() as slow:
+    with Seconds() as took:
         for edit in edits:
             plain.edit(edit)
         plain.finish()
-    sides = {"plain loop": (slow, plain.hand_over(start(WISE, model, layer, mask="elementwise")))}
+    handed = plain.hand_over(start(WISE, model, layer, mask="elementwise"))
+    note("plain loop", took, handed)
     prompts = [e.prompt for e in edits]
+    slots = [handed.memory.route(*pair).slot_B for pair in handed.inputs(prompts)]
     looped = [plain.route(prompt) for prompt in prompts]
+    assert torch.cat(slots).tolist() == looped, "loop and product over pools route differently"
     for label, size in (("REPAIR, one at a time", 1), ("REPAIR, by windows", MERGE)):
         method = start(REPAIR, model, layer)
         with Seconds() as took:
             for i in range(0, count, size):
                 method.apply_edits(edits[i : i + size])
             method.finish()
-        sides[label] = (took, method)
-    lines = []
-    for label, (took, method) in sides.items():
-        method.score_unedited(data.probes)
-        line = {"what": label, "s/edit": took.wall / count, "CPU s/edit": took.cpu / count}
-        line["speedup"] = slow.cpu / took.cpu
-        line |= {"pools": len(method.memory.pools), **quality(method.score(data.probes))}
-        lines.append(line)
-    handed = sides["plain loop"][1]
-    slots = [handed.memory.route(*pair).slot_B for pair in handed.inputs(prompts)]
-    found = torch.cat(slots).tolist()
-    assert found == looped, "the loop over pools and the batched routing disagree"
+        note(label, took, method)
     return {"model": name, "edits": count, "lines": lines}
 
 

@@ -108,18 +108,20 @@ class REPAIR(WISE):
         self.health.know(self.made)
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
-        """Write edits into a shard of their own; merge the window when it is full."""
+        """Write edits into a shard of their own; merge the window when it is full.
+
+        Edits that come a whole window at a time are trained in their window alone.
+        """
         edits = self._make_room(edits)
-        mask = self.draw_mask(self.draw_seed())
-        fit = self.fit_shard(edits, mask)
-        pool = self.memory.write(None, fit.delta_DC, mask.columns_C)
-        self.enrol(edits, pool)
-        self._measure(pool)
+        self.made |= {e.id: e for e in edits}
         self.health.know(self.made)
-        self.counts["trained"] += len(edits)
-        numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
-        if len(self.waiting) >= self.shards.merge:
-            numbers["false_activations"] = self._integrate()
+        numbers: dict[str, float] = {}
+        if len(edits) < self.shards.merge:
+            fit = self._write_apart([e.id for e in edits])
+            numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
+            edits = []
+        if len(self.waiting) + len(edits) >= self.shards.merge:
+            numbers["false_activations"] = self._integrate([e.id for e in edits])
         sizes = {"waiting": len(self.waiting), "pools": len(self.memory.pools), **self.counts}
         return numbers | self.health.rates() | {name: float(n) for name, n in sizes.items()}
 
@@ -160,14 +162,26 @@ class REPAIR(WISE):
             self.memory.drop_empty()
         return list(latest.values())
 
-    def _integrate(self) -> float:
-        """Merge the edits that wait into a pool, and see to it that none is lost.
+    def _write_apart(self, ids: list[int]) -> Fit:
+        """Train edits into a shard of their own."""
+        edits, mask = [self.made[i] for i in ids], self.draw_mask(self.draw_seed())
+        fit = self.fit_shard(edits, mask)
+        pool = self.memory.write(None, fit.delta_DC, mask.columns_C)
+        self.enrol(edits, pool)
+        self._measure(pool)
+        self.counts["trained"] += len(ids)
+        return fit
+
+    def _integrate(self, new: list[int]) -> float:
+        """Merge the edits that wait, and new ones, into a pool, and see to it that none is lost.
 
         Returns:
             Share of the held-out unrelated prompts that the pools claim.
         """
-        ids, before = self.waiting, self.memory.pools.tables
+        ids, before = self.waiting + new, self.memory.pools.tables
         left = self._train_window(ids)
+        if apart := [i for i in left if i in new]:
+            self._write_apart(apart)
         if self.loop.enabled:
             wrong = set(self.health.wrong())
             lost = [i for i in ids if i in wrong and i not in left]
@@ -224,7 +238,9 @@ class REPAIR(WISE):
         pools = self.memory.pools
         homes = dict(zip(before["edit_M"].tolist(), before["home_M"].tolist(), strict=True))
         left = {pools.homes[i] for i in lost}
-        own = {homes[i]: [j for j in lost if homes[j] == homes[i]] for i in lost}
+        if new := [i for i in lost if i not in homes]:
+            self._write_apart(new)
+        own = {homes[i]: [j for j in lost if homes.get(j) == homes[i]] for i in lost if i in homes}
         for old, members in own.items():
             pool = self.memory.write(None, before["deltas"][old], before["columns_PC"][old])
             pools.house(members, pool)
