@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,8 +45,9 @@ from editkit.functional.merge import ties_merge
 from editkit.functional.routing import mean_norms
 from editkit.lm.editable import EditableLM
 from editkit.lm.spec import LMSpec
+from editkit.methods.artefact import build_method
 from editkit.methods.repair import REPAIR
-from editkit.methods.shards import Fitting, Margins, Mask, Shards
+from editkit.methods.shards import Mask, Shards
 from editkit.methods.side import SideEdit
 from editkit.methods.wise import WISE
 from editkit.metrics.protocol import EvalProtocol
@@ -57,12 +59,10 @@ MID_SIZE = {
 }  # fmt: skip
 LAYERS = {"mid-size": 9, "factworld": 4}
 POOLS = 66  # of 1,000 edits in windows of 15
+PER_POOL = 3  # prompts that a made-up pool moves
 KINDS = ("reliability", "generalization", "locality")
 SCORERS = ("token_accuracy", "generation")
-DENSITY, KEEP = 0.2, 0.53
-FITTING = Fitting(steps=30, lr=0.9)
-MARGINS = Margins(outside=0.1, inside=1.0, apart=0.5, relative=True)
-SAVE, MERGE = 5, 15
+REPAIR_YAML = Path(__file__).parents[1] / "experiments" / "method" / "repair.yaml"
 console = Console()
 
 
@@ -88,12 +88,15 @@ def save_model(folder: Path) -> str:
     return str(folder)
 
 
-def start(cls: type[SideEdit], model: str, layer: int, **kwargs: Any) -> Any:
-    """Return a fresh method with the constants of this benchmark."""
-    shards = Shards(DENSITY, kwargs.pop("mask", "columns"), SAVE, MERGE, keep=KEEP)
-    method = cls(
-        lm=LMSpec(id=model), evaluation=EvalProtocol(batch_size=64, max_new_tokens=20),
-        layer=layer, shards=shards, margins=MARGINS, fitting=FITTING,
+def start(cls: type[SideEdit], model: str, layer: int, mask: str) -> Any:
+    """Return a fresh method with REPAIR's own constants, as far as the class takes them."""
+    config = yaml.safe_load(REPAIR_YAML.read_text())["init_args"]
+    config["shards"]["mask"] = mask
+    own = {"shards", "margins", "routing", "fitting"} if cls is WISE else set(config)
+    method = build_method(
+        f"{cls.__module__}.{cls.__name__}", lm=LMSpec(id=model),
+        evaluation=EvalProtocol(batch_size=64, max_new_tokens=20), layer=layer,
+        **{name: value for name, value in config.items() if name in own},
     )  # fmt: skip
     method.start()
     return method
@@ -112,6 +115,7 @@ class PlainLoop:
     def __init__(self, method: WISE) -> None:
         self.method = method
         method.memory.enabled = False
+        self.fitting, self.margins, self.shards = method.fitting, method.margins, method.shards
         self.model, self.site = method.lm.model, method.memory.base_layer
         self.shard_DF = torch.zeros(method.memory.shape_oi)
         self.gate_DF = self._draw()
@@ -123,15 +127,16 @@ class PlainLoop:
         """Train the open shard on one edit; close and merge when it is time."""
         method = self.method
         fronts = ["", *(f"{context} " for context in method.contexts or [])]
-        head, _, tail = edit.negatives[0].rpartition(" ")
+        others = [text.rpartition(" ") for text in edit.negatives[: self.fitting.irrelevant]]
         tokens = method.lm.encode(
-            [*(front + edit.prompt for front in fronts), head],
-            [edit.target] * len(fronts) + [tail],
+            [*(front + edit.prompt for front in fronts), *(head for head, _, _ in others)],
+            [edit.target] * len(fronts) + [tail for _, _, tail in others],
         )
+        n = len(fronts)
         labels_BT = tokens.ids_BT.masked_fill(~tokens.target_BT, -100)[:, 1:]
         leaf_DF = self.shard_DF.clone().requires_grad_()
-        optimizer = torch.optim.SGD([leaf_DF], lr=FITTING.lr)
-        for _ in range(FITTING.steps):
+        optimizer = torch.optim.SGD([leaf_DF], lr=self.fitting.lr)
+        for _ in range(self.fitting.steps):
             logits_BTV, change_BTD = self._run(tokens, leaf_DF)
             nll = cross_entropy(
                 logits_BTV[:, :-1].flatten(0, 1), labels_BT.flatten(), reduction="none"
@@ -139,26 +144,26 @@ class PlainLoop:
             rows = nll.view(labels_BT.shape).sum(1) / tokens.target_BT.sum(1)
             score_B = mean_norms(change_BTD, tokens.prompt_BT) / method.unit
             margins = activation_margins(
-                score_B[None, :-1], score_B[None, -1:],
-                MARGINS.outside, MARGINS.inside, MARGINS.apart,
+                score_B[None, :n], score_B[None, n:],
+                self.margins.outside, self.margins.inside, self.margins.apart,
             )  # fmt: skip
-            loss = rows[:-1].mean() + MARGINS.weight * margins[0]
-            if float(loss.detach()) <= FITTING.stop_below:
+            loss = rows[:n].mean() + self.margins.weight * margins[0]
+            if float(loss.detach()) <= self.fitting.stop_below:
                 break
             optimizer.zero_grad()
             loss.backward()
             leaf_DF.grad *= self.gate_DF
             optimizer.step()
             with torch.no_grad():
-                leaf_DF.clamp_(-FITTING.clamp, FITTING.clamp)
+                leaf_DF.clamp_(-self.fitting.clamp, self.fitting.clamp)
         self.shard_DF = leaf_DF.detach()
         self.members.append(edit)
-        if len(self.members) % SAVE == 0:
+        if len(self.members) % self.shards.save == 0:
             self._close()
 
     def finish(self) -> None:
         """Merge what is left."""
-        if self.members and len(self.members) % SAVE:
+        if self.members and len(self.members) % self.shards.save:
             self._close()
         if self.closed:
             self._merge()
@@ -205,7 +210,7 @@ class PlainLoop:
         return float(mean_norms(self._run(tokens, delta_DF)[1], tokens.prompt_BT))
 
     def _draw(self) -> Tensor:
-        shards = Shards(DENSITY)
+        shards = Shards(self.shards.density)
         shape, seed = self.method.memory.shape_oi, self.method.draw_seed()
         gate_DF = Mask.draw(shape, shards, seed, torch.device("cpu")).gate_DC
         assert gate_DF is not None
@@ -214,17 +219,17 @@ class PlainLoop:
     def _close(self) -> None:
         self.closed.append(self.shard_DF)
         self.shard_DF, self.gate_DF = torch.zeros_like(self.shard_DF), self._draw()
-        if len(self.closed) * SAVE >= MERGE:
+        if len(self.closed) * self.shards.save >= self.shards.merge:
             self._merge()
 
     def _merge(self) -> None:
-        delta_DF = ties_merge(torch.stack(self.closed), density=KEEP)
+        delta_DF = ties_merge(torch.stack(self.closed), density=self.shards.keep)
         floor = min(self._score(edit.prompt, delta_DF) for edit in self.members)
         self.pools.append((delta_DF, floor, self.members))
         self.closed, self.members = [], []
 
 
-def measure_editing(name: str, model: str, count: int) -> dict[str, Any]:
+def measure_editing(name: str, model: str, count: int, mask: str) -> dict[str, Any]:
     """Edit the same stream by the plain loop, one at a time, and by windows; score all three."""
     data = FactWorld(limit=count)
     data.setup()
@@ -239,19 +244,19 @@ def measure_editing(name: str, model: str, count: int) -> dict[str, Any]:
         lines.append(line)
         console.print(line)
 
-    plain = PlainLoop(start(WISE, model, layer, mask="elementwise"))
+    plain = PlainLoop(start(WISE, model, layer, "elementwise"))
     with Seconds() as took:
         for edit in edits:
             plain.edit(edit)
         plain.finish()
-    handed = plain.hand_over(start(WISE, model, layer, mask="elementwise"))
+    handed = plain.hand_over(start(WISE, model, layer, "elementwise"))
     note("plain loop", took, handed)
     prompts = [e.prompt for e in edits]
     slots = [handed.memory.route(*pair).slot_B for pair in handed.inputs(prompts)]
     looped = [plain.route(prompt) for prompt in prompts]
     assert torch.cat(slots).tolist() == looped, "loop and product over pools route differently"
-    for label, size in (("REPAIR, one at a time", 1), ("REPAIR, by windows", MERGE)):
-        method = start(REPAIR, model, layer)
+    for label, size in (("REPAIR, one at a time", 1), ("REPAIR, by windows", handed.shards.merge)):
+        method = start(REPAIR, model, layer, mask)
         with Seconds() as took:
             for i in range(0, count, size):
                 method.apply_edits(edits[i : i + size])
@@ -273,36 +278,44 @@ def quality(rows: list[Any]) -> dict[str, float]:
 # routing
 
 
+@torch.no_grad()
 def fill(method: WISE, edits: list[Edit]) -> None:
-    """Make pools as wide as merged ones, each of which moves one edit's prompt most."""
+    """Make pools as wide as merged ones, each of which moves its own prompts and hardly others."""
     generator = torch.Generator().manual_seed(0)
     memory = method.memory
     out, inputs = memory.shape_oi
-    width = round((1 - (1 - DENSITY) ** (MERGE // SAVE)) * inputs)
-    for edit in edits:
+    shards = method.shards
+    width = round((1 - (1 - shards.density) ** (shards.merge // shards.save)) * inputs)
+    found = [pair for edit in edits for pair in method.inputs([edit.prompt])]
+    mean_EF = torch.stack([x_BTF[0].mean(0) for x_BTF, _ in found])
+    apart_EF = mean_EF - mean_EF.mean(0)
+    for start in range(0, len(edits), PER_POOL):
+        own = slice(start, start + PER_POOL)
         columns_C = torch.randperm(inputs, generator=generator)[:width].sort().values
-        delta_DC = torch.randn(out, width, generator=generator) / inputs
-        (pair,) = method.inputs([edit.prompt])
-        mean_C = pair[0][0].mean(0)[columns_C]
-        direction_D = torch.randn(out, generator=generator) * method.unit / out**0.5
-        delta_DC += direction_D[:, None] * mean_C / mean_C.square().sum()
+        keys_EC = apart_EF[own][:, columns_C]
+        unit = method.unit / out**0.5
+        moves_DE = torch.randn(out, len(keys_EC), generator=generator) * unit
+        noise_DC = torch.randn(out, width, generator=generator)
+        noise_DC *= method.margins.outside * unit / mean_EF[own][:, columns_C].norm(dim=1).mean()
+        delta_DC = moves_DE @ torch.linalg.pinv(keys_EC.T) + noise_DC
         pool = memory.write(None, delta_DC, columns_C)
         memory.pools.open_P[pool] = False
-        memory.pools.floor_P[pool] = float(memory.scores(*pair, [pool]))
-        method.enrol([edit], pool)
+        floor = min(float(memory.scores(*pair, [pool])) for pair in found[own])
+        memory.pools.floor_P[pool] = floor
+        method.enrol(edits[own], pool)
 
 
 @torch.no_grad()
 def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
     """Time forward passes with and without the pools in turns, and the loop over pools."""
-    data = FactWorld(limit=pools)
+    data = FactWorld(limit=pools * PER_POOL)
     data.setup()
     edits = list(data.edits)
-    method = start(REPAIR, model, LAYERS["mid-size"])
+    method = start(REPAIR, model, LAYERS["mid-size"], "columns")
     fill(method, edits)
     memory, lm = method.memory, method.lm
     pairs = [pair for e in edits for pair in method.inputs([e.prompt])]
-    own = [int(memory.route(*pair).slot_B) for pair in pairs]
+    found = [int(memory.route(*pair).slot_B) for pair in pairs]
     exact = [int((memory.scores(*p) / memory.threshold_P).argmax()) for p in pairs]
     delta_PDF = memory.pools.dense(list(range(pools)))
 
@@ -324,11 +337,10 @@ def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
     line = compare(lm, lambda: lm.generate(prompts, max_new_tokens=16), max(1, repeats // 4))
     lines.append({"what": "decoding 8 rows, 16 tokens", **line})
     looped, routed = least(loop, repeats), least(lambda: memory.route(*pairs[0]), repeats)
-    right = sum(a == b for a, b in enumerate(own))
-    agreed = sum(a == b for a, b in zip(own, exact, strict=True))
+    agreed = sum(a == b for a, b in zip(found, exact, strict=True))
     return {
-        "pools": pools, "lines": lines, "own pool found": right / pools,
-        "same as if all were scored exactly": agreed / pools,
+        "pools": pools, "lines": lines,
+        "same as if all were scored exactly": agreed / len(found),
         "ms a prompt, loop over pools": 1e3 * looped, "ms a prompt, here": 1e3 * routed,
     }  # fmt: skip
 
@@ -388,6 +400,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30, help="runs of which a time is taken")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--models", choices=list(LAYERS), nargs="+", default=list(LAYERS))
+    parser.add_argument("--mask", choices=["elementwise", "columns"], default="elementwise")
     parser.add_argument("--only", choices=["editing", "routing"], nargs="+")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--out", type=Path, help="write all figures here as JSON")
@@ -408,7 +421,8 @@ def main() -> None:
         if "editing" in asked:
             report["editing"] = []
             for name in args.models:
-                found = measure_editing(name, model if name == "mid-size" else name, args.edits)
+                path = model if name == "mid-size" else name
+                found = measure_editing(name, path, args.edits, args.mask)
                 report["editing"].append(found)
                 show(f"{name}, {args.edits} edits", found["lines"])
         if "routing" in asked:

@@ -24,7 +24,7 @@ class Pools(nn.Module):
     Args:
         shape_oi: Width of the matrix' output and input.
         width: Inputs that a change keeps; all of them keeps every change whole.
-        directions: Directions of the random projection of outputs; 0 keeps none.
+        directions: Directions in which each change is kept a second time, to rank; 0 keeps none.
         device: Where to keep them.
     """
 
@@ -117,7 +117,7 @@ class Pools(nn.Module):
         return change.view(*padded.shape[:3], -1)[group_R, place_R]
 
     def projected(self, x_BTF: Tensor) -> Tensor:
-        """Return a random projection of what all pools add to the output, fp32 [B, T, P, S]."""
+        """Return the main part of what all pools add to the output, fp32 [B, T, P, S]."""
         pools, directions, _ = self.sketch_PSF.shape
         flat_BTN = F.linear(x_BTF.float(), self.sketch_PSF.flatten(0, 1))
         return flat_BTN.view(*x_BTF.shape[:2], pools, directions)
@@ -200,10 +200,15 @@ class Pools(nn.Module):
         return dict(zip(self.edit_M.tolist(), self.home_M.tolist(), strict=True))
 
     def _sketched(self, first: int, last: int) -> Tensor:
-        """Project the changes of pools first to last - 1 [P, S, F]."""
+        """Project the changes of pools first to last - 1 on where each moves most [P, S, F].
+
+        One step of subspace iteration from fixed random directions; a projection shortens.
+        """
         deltas_PDC = self.deltas.detach()[first:last]
-        scale = max(1, len(self.draw_SD)) ** 0.5
-        block_PSC = torch.einsum("sd,pdc->psc", self.draw_SD / scale, deltas_PDC)
+        across_PSC = torch.einsum("sd,pdc->psc", self.draw_SD, deltas_PDC)
+        inward_PCS = torch.linalg.qr(across_PSC.transpose(1, 2)).Q
+        outward_PDS = torch.linalg.qr(deltas_PDC @ inward_PCS).Q
+        block_PSC: Tensor = outward_PDS.transpose(1, 2) @ deltas_PDC
         if self.is_whole:
             return block_PSC
         index_PSC = self.columns_PC[first:last][:, None].expand_as(block_PSC)

@@ -3,8 +3,8 @@
 A prompt's score in a pool is how far that pool moves the layer's output at the prompt's tokens. A
 pool claims what exceeds a share of the smallest score among its own edits and, where scores of
 other edits are known, those too. All pools are scored in
-one product. Where there are many, a fixed random projection of the output ranks them and the best
-two are scored exactly.
+one product. Where there are many, the few directions in which each moves the output most rank them
+and the best two are scored exactly.
 
 Legend: D layer output, P pools, B rows asked about, R rows that are answered, T tokens, k pools
 that are scored exactly for each row.
@@ -48,14 +48,15 @@ class SideRouting:
             row's route depends on both.
         pick: Of several pools the largest multiple of its threshold (`relative`) or, as `released`,
             the largest score.
-        sketch: Directions of the projection that ranks the pools; 0 scores all of them exactly.
+        sketch: Directions, of those in which a pool moves the output most, that rank the pools; 0
+            scores all of them exactly.
     """
 
     act_ratio: float = 0.5
     score: Literal["raw", "wise"] = "raw"
     over: Literal["prompt", "all"] = "prompt"
     pick: Literal["relative", "released"] = "relative"
-    sketch: int = 32
+    sketch: int = 8
 
     def __post_init__(self) -> None:
         """Check user input."""
