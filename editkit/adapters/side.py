@@ -44,8 +44,8 @@ class SideRouting:
         act_ratio: Share of the smallest score among a pool's own edits that a prompt must exceed.
         score: `raw`: mean norm of what the pool adds to the output, as published; `wise`: of what
             it adds behind the model's nonlinearity, as released.
-        over: `prompt` tokens alone; `all` also counts answers and padding, as released, so that a
-            row's route depends on both.
+        over: The `prompt`'s tokens, its `last` one alone, or, as released, `all` tokens of a row,
+            answers and padding too, so that its route depends on both.
         pick: Of several pools the largest multiple of its threshold (`relative`) or, as `released`,
             the largest score.
         sketch: Directions, of those in which a pool moves the output most, that rank the pools; 0
@@ -54,7 +54,7 @@ class SideRouting:
 
     act_ratio: float = 0.5
     score: Literal["raw", "wise"] = "raw"
-    over: Literal["prompt", "all"] = "prompt"
+    over: Literal["prompt", "last", "all"] = "prompt"
     pick: Literal["relative", "released"] = "relative"
     sketch: int = 8
 
@@ -62,7 +62,7 @@ class SideRouting:
         """Check user input."""
         for name, known in (
             ("score", ("raw", "wise")),
-            ("over", ("prompt", "all")),
+            ("over", ("prompt", "last", "all")),
             ("pick", ("relative", "released")),
         ):
             if getattr(self, name) not in known:
@@ -110,7 +110,11 @@ class SideMemory(RoutedLayer):
 
         Gradients reach the changes.
         """
-        counted_BT = prompt_BT if self.routing.over == "prompt" else torch.ones_like(prompt_BT)
+        counted_BT = prompt_BT
+        if self.routing.over == "all":
+            counted_BT = torch.ones_like(prompt_BT)
+        elif self.routing.over == "last":
+            counted_BT = prompt_BT & (prompt_BT.flip(1).cumsum(1).flip(1) == 1)
         return mean_norms(self._seen(x_BTF, change_BTD), counted_BT)
 
     @torch.no_grad()

@@ -155,7 +155,7 @@ class WISE(SideEdit):
         first = self._first_shard()
         shards = list(range(first, first + self.unmerged))
         old = [] if self.shards.retrieve or first == 0 else [0]
-        weights_S = torch.tensor([NEW / len(shards)] * len(shards) + [OLD] * len(old))
+        weights_S = torch.tensor([NEW / len(shards)] * len(shards) + [OLD]) if old else None
         delta_DC, columns_C = merged(pools, shards + old, weights_S, keep)
         members = [i for p in old + shards for i in pools.members(p)]
         floor = pools.floor_P[shards + old].min()
