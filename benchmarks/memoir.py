@@ -7,6 +7,8 @@ One run measures, on a random Llama of 12 blocks (layer 9 edited, fp32, CPU) and
   the two memories and their logits are apart;
 - matching latency by the number of stored masks;
 - what a memory in which nothing matches adds to a forward pass and to decoding;
+- whether the packaged fact-world model routes its probes alike when their answers are forced, free,
+  in batches and alone;
 - the size of the artefact after 1,000 edits.
 
     python benchmarks/memoir.py                  # about 15 minutes on a quiet core
@@ -56,6 +58,7 @@ LAYER = 9
 WIDTHS = {"this model": 1408, "Llama-3-8B": 14336}
 SIZES = (1_000, 15_000, 100_000, 1_000_000)
 BATCH = 10
+SECTIONS = ("editing", "matching", "overhead", "routes", "size")
 console = Console()
 
 
@@ -240,8 +243,7 @@ def fill(method: MEMOIR, count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     memory = method.memory
     masks_KW = pack(scattered(count, memory.shape_oi[1], memory.k, generator))
-    for i, mask_W in enumerate(masks_KW):
-        memory.keys.add_slot(mask_W, i, i)
+    memory.keys.add_slots(masks_KW, range(count), range(count))
     columns = torch.arange(memory.shape_oi[1])
     memory.write(columns, torch.randn(memory.shape_oi, generator=generator))
     memory.tau.fill_(1.0)
@@ -255,7 +257,6 @@ def measure_overhead(model: str, masks: int, repeats: int) -> list[dict[str, Any
     lm, lines = method.lm, []
     texts = [edit.prompt for edit in edits_of(64)]
     for rows, words in ((1, 12), (8, 32), (64, 32)):
-        prompts = [" ".join((texts[i] + " ") * 8).split()[:words] for i in range(rows)]
         prompts = [" ".join(" ".join(texts).split()[i : i + words]) for i in range(rows)]
         tokens = lm.encode(prompts)
         assert method.routes(prompts)
@@ -284,6 +285,50 @@ def compare(lm: EditableLM, work: Callable[[], Any], repeats: int) -> dict[str, 
         without.append(took.cpu)
     fast, base = min(with_memory), min(without)
     return {"ms": 1e3 * fast, "ms, unedited": 1e3 * base, "overhead": fast / base - 1}
+
+
+# routes, forced and free
+
+
+@torch.no_grad()
+def measure_routes(count: int) -> dict[str, Any]:
+    """Edit the packaged fact-world; compare routes that are forced, free, in a batch and alone."""
+    data = FactWorld(split="dev", limit=count)
+    data.setup()
+    method = MEMOIR(
+        lm=LMSpec(), evaluation=EvalProtocol(), layer=5, prefixes=[],
+        routing=Routing(fingerprint="last", false_positives=0.002),
+    )  # fmt: skip
+    method.start()
+    for i in range(0, count, BATCH):
+        method.apply_edits(data.edits[i : i + BATCH])
+    lm, memory, seen = method.lm, method.memory, []
+    route = memory.route
+    memory.route = lambda *given: seen.append(route(*given).slot_B.tolist()) or route(*given)
+    probes = [p for p in data.probes if p.target is not None and p.edit_id is not None]
+    slots: dict[str, list[int]] = {"forced": [], "forced, left": [], "free": [], "alone": []}
+    for i in range(0, len(probes), 64):
+        part = probes[i : i + 64]
+        prompts, targets = [p.prompt for p in part], [p.target or "" for p in part]
+        lm(lm.encode(prompts, targets))
+        slots["forced"] += seen[-1]
+        lm(lm.encode(prompts, targets, padding="left"))
+        slots["forced, left"] += seen[-1]
+        calls = len(seen)
+        lm.generate(prompts, max_new_tokens=8)
+        assert len(seen) == calls + 1, "routed again while decoding"
+        slots["free"] += seen[-1]
+    for probe in probes:
+        lm(lm.encode([probe.prompt]))
+        slots["alone"] += seen[-1]
+    first = slots["forced"]
+    return {
+        "edits": count, "probes": len(probes), "answered by an edit": sum(s >= 0 for s in first),
+        **{
+            f"routed as when forced: {name}": sum(map(int.__eq__, first, found)) / len(first)
+            for name, found in slots.items() if name != "forced"
+        },
+    }  # fmt: skip
 
 
 # size
@@ -337,7 +382,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="SGD steps an edit")
     parser.add_argument("--repeats", type=int, default=30, help="runs of which a time is taken")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--only", choices=["editing", "matching", "overhead", "size"], nargs="+")
+    parser.add_argument("--only", choices=SECTIONS, nargs="+")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     args = parser.parse_args()
@@ -350,7 +395,7 @@ def main() -> None:
     """Run the sections asked for."""
     args = parse()
     torch.set_num_threads(args.threads)
-    asked = args.only or ["editing", "matching", "overhead", "size"]
+    asked = args.only or SECTIONS
     report: dict[str, Any] = {"before": machine(args.threads)}
     masks = 100 if args.quick else 1_000
     with tempfile.TemporaryDirectory() as folder:
@@ -365,6 +410,9 @@ def main() -> None:
         if "overhead" in asked:
             report["overhead"] = measure_overhead(model, masks, args.repeats)
             show(f"{masks} masks, none of which matches", report["overhead"])
+        if "routes" in asked:
+            report["routes"] = measure_routes(20 if args.quick else 300)
+            console.print(report["routes"])
         if "size" in asked:
             report["size"] = measure_size(model, masks)
             console.print(report["size"])

@@ -46,6 +46,11 @@ class EditedLM:
         """Every applied edit, in order: text, losses, norm of its change."""
         return self.method.ledger
 
+    @property
+    def edits(self) -> list[dict[str, Any]]:
+        """The edits that stand: entries of the ledger."""
+        return self.method.standing()
+
     def edit(
         self,
         prompt: str,
@@ -94,10 +99,8 @@ class EditedLM:
         """Warn of edits at odds with the ledger or with each other."""
         if self._made_count != len(self.ledger):  # loaded, an edit failed, or one was undone
             self._made = ConflictIndex()
-            for entry in self.ledger:
-                if not (entry["undone"] or entry.get("rolled_back")):
-                    names = ("edit_id", "prompt", "target", "subject")
-                    self._made.add(Edit(*(entry[name] for name in names)))
+            for e in self.edits:
+                self._made.add(Edit(e["edit_id"], e["prompt"], e["target"], e["subject"]))
         for edit in edits:
             if (conflict := self._made.find(edit)) is not None:
                 warnings.warn(str(conflict), stacklevel=4)

@@ -87,6 +87,8 @@ def main(args: list[str] | None = None) -> int:
     except (ArgumentError, ValueError, OSError, RuntimeError, ImportError) as error:
         if os.environ.get("EDITKIT_TRACEBACK"):
             raise
+        if getattr(error, "is_told", False):  # by the first device
+            return 1
         sentence = plain(str(error))
         if "unexpected pos" in sentence:  # torch's word for a file that it could not finish
             sentence = f"a checkpoint could not be written, is the disk full? ({sentence})"

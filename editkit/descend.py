@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from editkit.parallel import mean_over_ranks
+
 
 @dataclass(frozen=True, slots=True)
 class Descent:
@@ -75,7 +77,7 @@ def descend(
                 "learning rate or use a wider precision"
             )
         if losses[-1] > stop_below:
-            grads = torch.autograd.grad(loss, list(leaves))
+            grads = mean_over_ranks(torch.autograd.grad(loss, list(leaves)))
             for leaf, grad in zip(leaves, grads, strict=True):
                 leaf.grad = grad if clip == math.inf else _clipped(grad, clip)
             stepper.step()

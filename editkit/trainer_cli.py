@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from rich.console import Console
 
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
 from editkit.callbacks.conflicts import Conflicts
-from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, tidy
+from editkit.callbacks.folder import SUMMARY, claim, keep_metrics, last_checkpoint, sweep, tidy
 from editkit.callbacks.logger import kept_in_wandb, wandb_loggers
 from editkit.callbacks.milestones import Milestones
 from editkit.callbacks.progress import EditProgress
@@ -28,6 +32,8 @@ from editkit.data.base import EditDataModule
 from editkit.data.records import RecordModule
 from editkit.methods.base import EditModule
 from editkit.report.page import write_report
+
+log = logging.getLogger(__name__)
 
 # what editing needs of a Trainer; each can be set otherwise in YAML
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -101,16 +107,48 @@ class EditCLI(LightningCLI):
     def fit(self, model: EditModule, **kwargs: Any) -> None:
         """Edit; where that fails before anything could be resumed, leave no folder behind."""
         folder = Path(self.trainer.default_root_dir)
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "this trainer.strategy edits in forked or spawned processes, from which no edited "
+                "model comes back; use --trainer.strategy ddp"
+            )
         with tidy(folder):
             self.datamodule.setup("fit")  # bad rows are told before anything is touched
             tell(self.datamodule)
-            if kwargs.get("ckpt_path") is None:
-                claim(folder, self._get(self.config_init, "run").overwrite)
+            kwargs["ckpt_path"], can_begin = self._place_to_go_on(folder, kwargs.get("ckpt_path"))
+            if kwargs["ckpt_path"] is None:
+                claim(folder, can_begin or self._get(self.config_init, "run").overwrite)
             else:
                 keep_metrics(folder)
-            with kept_in_wandb(self.trainer.loggers, folder):
+            sweep(folder)
+            with kept_in_wandb(self.trainer.loggers, folder), self._no_orphans():
                 self.trainer.fit(model, **kwargs)
                 report(folder)
+
+    def _place_to_go_on(self, folder: Path, asked: str | None) -> tuple[str | None, bool]:
+        """Return the checkpoint that is asked for, and whether what lies there may go.
+
+        `last` is the newest whole one. Where there is none yet, a run that was killed early begins
+        again at its first edit.
+        """
+        if asked != "last":
+            return asked, False
+        named = (c.dirpath for c in self.trainer.checkpoint_callbacks if hasattr(c, "dirpath"))
+        found = last_checkpoint({folder / "checkpoints", *(Path(path) for path in named if path)})
+        if found is None and not (folder / SUMMARY).exists():
+            log.warning("no checkpoint in %s yet: beginning at the first edit", folder)
+        return (str(found), False) if found else (None, not (folder / SUMMARY).exists())
+
+    @contextmanager
+    def _no_orphans(self) -> Iterator[None]:
+        """End the processes of the other devices where this one fails: they would wait for it."""
+        try:
+            yield
+        except BaseException:
+            for process in getattr(self.trainer.strategy.launcher, "procs", []):
+                if isinstance(process, subprocess.Popen):
+                    process.kill()
+            raise
 
 
 @rank_zero_only
@@ -151,12 +189,17 @@ def run_trainer(args: list[str] | None) -> None:
     warnings.filterwarnings("ignore", message="(?s).*ModelCheckpoint with manual optimization.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*have overridden `transfer_batch_to_device`.*")
+    # devices have gathered the rows: what they log is the same on all
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
     try:
         _run(args)
     except MisconfigurationException as error:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
+    except SIGTERMException as error:
+        sys.stderr.write("editkit: told to end (SIGTERM); go on with --ckpt_path last\n")
+        raise SystemExit(143) from error
 
 
 def _run(args: list[str] | None) -> None:

@@ -8,6 +8,7 @@ out is written to `experiments/results/NAME/`: `numbers.json`, `table.md` and `c
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
@@ -111,6 +112,45 @@ def by_edits(folder: Path, scorer: str) -> list[dict]:
     return points
 
 
+def drift(folders: list[Path]) -> dict | None:
+    """Return how the drift of runs with a queue stands to its bound, None for those without.
+
+    Whatever the losses are, mean PL <= D (1 + (kappa_T+1 - kappa_1) / T) at every site of every
+    run (LyapLock, the queue summed up; kappa_1 = 1), as long as no `kappa_max` cuts in. Named are
+    the site and seed with the largest mean PL / D, with its bound, and the largest final kappa.
+    """
+    found = []
+    for folder in folders:
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for ratio in [name for name in rows[0] if name.startswith("edit/PL_per_D/")]:
+            kappa = ratio.replace("PL_per_D", "kappa")
+            known = [(float(r[ratio]), float(r[kappa])) for r in rows if r[ratio]]
+            mean, last = sum(p for p, _ in known) / len(known), known[-1][1]
+            bound = 1 + (last - 1) / len(known)
+            found.append({"mean": mean, "bound": bound, "kappa": last})
+    if not found:
+        return None
+    highest = max(found, key=lambda site: site["mean"])
+    return highest | {
+        "kappa": max(site["kappa"] for site in found),
+        "holds": all(site["mean"] <= site["bound"] * (1 + 1e-6) for site in found),
+        "sites": len(found),
+    }
+
+
+def drift_lines(methods: dict) -> list[str]:
+    """Write a line for every method with a queue."""
+    return [
+        f"{method}: largest mean PL / D {n['drift']['mean']:.3f}, its bound "
+        f"{n['drift']['bound']:.3f}, largest final kappa {n['drift']['kappa']:.1f}; the bound "
+        f"{'holds at all' if n['drift']['holds'] else 'is BROKEN among'} "
+        f"{n['drift']['sites']} layers of all seeds."
+        for method, n in methods.items()
+        if n.get("drift")
+    ]
+
+
 def collect(name: str, grid: dict) -> dict:
     """Return everything the table and the curves show."""
     scorer, numbers = grid.get("scorer", "generation"), {}
@@ -134,6 +174,7 @@ def collect(name: str, grid: dict) -> dict:
             "by_edits": [by_edits(f, scorer) for f in its],
             "perplexity": [s["perplexity"] for s in summaries],
             "seconds_per_edit": [s["seconds_per_edit"] for s in summaries],
+            "drift": drift(its),
             "commits": sorted({str(s["protocol"]["commit"]) for s in summaries}),
             "arguments": summaries[0]["protocol"]["method_arguments"],
         }
@@ -191,6 +232,8 @@ def table(found: dict) -> str:
             columns = zip(*n["by_age"], strict=True)
             means = [sum(a["reliability"] for a in column) / seeds for column in columns]
             lines.append(f"| {method} | " + " | ".join(f"{m:.2f}" for m in means) + " |")
+    if drifts := drift_lines(found["methods"]):
+        lines += ["", *(f"- {line}" for line in drifts)]
     commits = {c for n in found["methods"].values() for c in n.get("commits", [])}
     lines += [
         "",

@@ -108,6 +108,14 @@ def save_tiny(folder: Path, architecture: str, tokenizer: PreTrainedTokenizerFas
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keep what tests measure out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDITKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Return the folder of a tiny model: `tiny("llama")`."""

@@ -8,6 +8,7 @@ Legend: K keys, W 64-bit words of a mask, B rows asked about, A keys to add.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,28 +110,36 @@ class MaskKeys(nn.Module):
         """Return the best key's index and the ones it shares, int64 [B]; there must be a key."""
         return best_match(queries_BW, self.bits_KW)
 
-    def slot_of(self, text: int) -> int | None:
-        """Return the slot of the prompt with this text hash; None where it was never edited."""
-        found = ((self.text_K == text) & self._is_slot).nonzero()[:, 0].tolist()
-        return int(found[0]) if found else None
+    def slots_of(self, texts: Sequence[int]) -> Tensor:
+        """Return the slot of each prompt, known by its text hash, int64; -1: never edited."""
+        text_B = self.text_K.new_tensor(texts)
+        found_BK = (self.text_K == text_B[:, None]) & self._is_slot
+        if len(self) == 0:
+            return torch.full_like(text_B, -1)
+        return found_BK.long().argmax(1).where(found_BK.any(1), -1)
 
-    def add_slot(self, bits_W: Tensor, edit_id: int, text: int) -> None:
-        """Let a prompt belong to an edit: as a new slot, or in place where the prompt has one."""
-        slot = self.slot_of(text)
-        if slot is not None:
-            self.edit_K = self.edit_K.masked_fill(self.slot_K == slot, edit_id)
-            return
-        self._keep(self.text_K != text)  # no longer another wording of an older edit
-        self._append(bits_W[None], edit_id, len(self), [text])
+    def add_slots(self, bits_EW: Tensor, edit_ids: Sequence[int], texts: Sequence[int]) -> None:
+        """Let different prompts belong to edits: as new slots, or in place where they have one.
 
-    def add_wordings(self, bits_AW: Tensor, edit_id: int, texts: list[int]) -> None:
+        A prompt that was another wording of an older edit is that no longer.
+        """
+        slot_E = self.slots_of(texts)
+        edit_E, text_E = self.edit_K.new_tensor(edit_ids), self.text_K.new_tensor(texts)
+        is_new_E = slot_E < 0
+        for slot, edit_id in zip(slot_E[~is_new_E], edit_E[~is_new_E], strict=True):
+            self.edit_K = self.edit_K.where(self.slot_K != slot, edit_id)
+        self._keep(self._is_slot | ~torch.isin(self.text_K, text_E))
+        place_A = torch.arange(int(is_new_E.sum())).to(slot_E) + len(self)
+        self._append(bits_EW[is_new_E], edit_E[is_new_E], place_A, text_E[is_new_E])
+
+    def add_wordings(self, bits_AW: Tensor, edit_id: int, texts: Sequence[int]) -> None:
         """Let further wordings open the slot of an edit; wordings that are slots stay those."""
-        slot = int(self.slot_K[self.edit_K == edit_id][0])
-        free = [i for i, text in enumerate(texts) if self.slot_of(text) is None]
-        named = self.text_K.new_tensor([texts[i] for i in free])
-        self._keep(self._is_slot | ~torch.isin(self.text_K, named))
-        slot = int(self.slot_K[self.edit_K == edit_id][0])
-        self._append(bits_AW[free], edit_id, slot, [texts[i] for i in free])
+        is_free_A = self.slots_of(texts) < 0
+        text_A = self.text_K.new_tensor(texts)[is_free_A]
+        self._keep(self._is_slot | ~torch.isin(self.text_K, text_A))
+        slot = self.slot_K[self.edit_K == edit_id][0]
+        owner_A = torch.full_like(text_A, edit_id)
+        self._append(bits_AW[is_free_A], owner_A, slot.expand_as(text_A), text_A)
 
     def drop(self, edit_id: int) -> None:
         """Forget all keys of an edit."""
@@ -140,17 +149,14 @@ class MaskKeys(nn.Module):
     def _is_slot(self) -> Tensor:
         return self.slot_K == torch.arange(len(self), device=self.slot_K.device)
 
-    def _append(self, bits_AW: Tensor, edit_id: int, slot: int, texts: list[int]) -> None:
-        added = (
-            bits_AW,
-            self.edit_K.new_full((len(texts),), edit_id),
-            self.slot_K.new_full((len(texts),), slot),
-            self.text_K.new_tensor(texts),
-        )
+    def _append(self, *added: Tensor) -> None:
+        """Add rows to the four tables."""
         self.tables = tuple(torch.cat(pair) for pair in zip(self.tables, added, strict=True))
 
     def _keep(self, kept_K: Tensor) -> None:
         """Drop the other keys; a slot that stays is known by its new index."""
+        if bool(kept_K.all()):
+            return  # the tables are long
         index_K = kept_K.cumsum(0) - 1
         tables = [table[kept_K] for table in self.tables]
         tables[2] = index_K[tables[2]]

@@ -11,6 +11,7 @@ of a mask, C columns, N held-out prompts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from editkit.adapters.columns import Columns
 from editkit.adapters.keys import MaskKeys, Routing, Tables
 from editkit.adapters.routed import Route, RoutedLayer
+from editkit.adapters.shield import Shield
 from editkit.functional.masks import (
     best_match,
     chance_threshold,
@@ -41,6 +43,7 @@ class _Before:
     """What the newest change replaced."""
 
     tables: Tables
+    gram_FF: Tensor
     columns_C: Tensor
     values_DC: Tensor
     was_written: bool
@@ -79,6 +82,7 @@ class ResidualMemory(RoutedLayer):
         words = pack(order_F[None] < 0).shape[1]
         start = chance_threshold(k, width) if routing.tau is None else routing.tau
         self.keys = MaskKeys(words, device)
+        self.shield = Shield(device)
         self.memory = nn.Parameter(torch.zeros(self.shape_oi, device=device, dtype=torch.float32))
         self.register_buffer("permutation_F", order_F.to(device))
         self.register_buffer("mean_F", torch.zeros(width, device=device, dtype=torch.float32))
@@ -152,10 +156,10 @@ class ResidualMemory(RoutedLayer):
 
     # writing
 
-    def columns(self, mask_EW: Tensor) -> Columns:
-        """Return a working copy of the columns that packed masks open."""
+    def columns(self, mask_EW: Tensor, shield_E: Sequence[float] = ()) -> Columns:
+        """Return a working copy of the columns that masks open, turned away as `Shield` does."""
         column_Ek = self.gates(mask_EW).nonzero()[:, 1].view(len(mask_EW), self.k)
-        return Columns(self.memory.detach(), column_Ek)
+        return Columns(self.memory.detach(), column_Ek, self.shield.turns(column_Ek, shield_E))
 
     @property
     def norm(self) -> float:
@@ -183,7 +187,9 @@ class ResidualMemory(RoutedLayer):
             raise ValueError("refusing to write values that are not finite: lower lr")
         touched_C = columns_C if shrink == 1 else torch.arange(self.shape_oi[1]).to(columns_C)
         before_DC = self.memory[:, touched_C]
-        self._before = _Before(self.keys.tables, touched_C, before_DC, self.is_written)
+        self._before = _Before(
+            self.keys.tables, self.shield.gram_FF, touched_C, before_DC, self.is_written
+        )
         if shrink != 1:
             self.memory.mul_(shrink)
         self.memory[:, columns_C] = values_DC
@@ -195,6 +201,7 @@ class ResidualMemory(RoutedLayer):
         if self._before is None:
             return False
         self.keys.tables = self._before.tables
+        self.shield.gram_FF = self._before.gram_FF
         self.memory[:, self._before.columns_C] = self._before.values_DC
         self.is_written = self._before.was_written
         self.forget_history()

@@ -16,8 +16,8 @@ from editkit.callbacks.rows import append_rows, keep_rows, read_rows
 from editkit.data.base import EditDataModule
 from editkit.edits import Probe
 from editkit.methods.base import EditModule
-from editkit.metrics.evaluate import score_probes
 from editkit.metrics.perplexity import perplexity
+from editkit.parallel import Ranks, agreed, from_rank_zero
 
 ABILITY = "ability.jsonl"
 PASS = 4096  # characters of text in a forward pass
@@ -49,13 +49,14 @@ def measure_ability(method: EditModule, data: EditDataModule) -> Reading:
     if data.texts:
         # short texts go together; what a pass holds stays bounded, as characters bound tokens
         rows = max(4, min(64, PASS // max(map(len, data.texts))))
-        value = perplexity(method.lm, data.texts, batch_size=rows)
+        with agreed():
+            value = perplexity(method.lm, data.texts, batch_size=rows)
     if value is not None and not math.isfinite(value):
         value = None
     probes, share = intrinsic_probes(data), None
     if probes:
         protocol = replace(method.evaluation, scorers=(SCORER,))
-        scored = score_probes(method.lm, probes, method.references, protocol)
+        scored = method.score_by(protocol, probes)
         scores = [row["scores"][SCORER] for row in scored if row["counted"]]
         share = sum(scores) / len(scores) if scores else None
     return Reading(
@@ -113,10 +114,10 @@ class Ability(Callback):
 
     def rewind(self, edits_seen: int) -> None:
         """Forget the readings of later edits."""
-        rows: list[Any] = []
+        rows: list[Any] = []  # those of the first device, which writes them
         if self.path is not None:
             keep_rows(self.path, edits_seen)
-            rows = read_rows(self.path)
+            rows = from_rank_zero(read_rows(self.path) if Ranks.present().rank == 0 else [])
         self.unedited = next((row for row in rows if row["edits_seen"] == 0), self.unedited)
         self.latest = rows[-1] if rows else None
 

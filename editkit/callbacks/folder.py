@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import is_zipfile
@@ -50,6 +50,8 @@ def tidy(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
+        if rank_zero_only.rank != 0:  # the first device tidies
+            raise
         for path in folder.glob("checkpoints/*.ckpt"):
             if path.is_file() and not is_zipfile(path):
                 path.unlink()  # cut short: torch writes zip files, whose end comes last
@@ -61,6 +63,19 @@ def tidy(folder: Path) -> Iterator[None]:
             if path.is_dir() and not any(path.iterdir()):
                 path.rmdir()
         raise
+
+
+def last_checkpoint(folders: Iterable[Path]) -> Path | None:
+    """Return the newest whole checkpoint; a run that was killed may leave one cut short."""
+    found = [path for folder in folders for path in folder.glob("*.ckpt") if is_zipfile(path)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+@rank_zero_only
+def sweep(folder: Path) -> None:
+    """Remove what a run that was killed was about to write under a temporary name."""
+    for path in folder.glob("*.tmp"):
+        path.unlink()
 
 
 def keep_metrics(folder: Path) -> None:

@@ -27,10 +27,14 @@ class Milestones(Callback):
         self.at = sorted(set(at))
         self.next: list[int] = []
 
+    def asked_at(self, trainer: Trainer) -> list[int]:
+        """Return all numbers of edits at which all is asked, but the last."""
+        boundaries = getattr(getattr(trainer, "datamodule", None), "boundaries", [])
+        return sorted({*self.at, *boundaries})
+
     def on_train_start(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Find the milestones that are still ahead, on resume too."""
-        boundaries = getattr(getattr(trainer, "datamodule", None), "boundaries", [])
-        self.next = sorted(m for m in {*self.at, *boundaries} if m > pl_module.edits_seen)
+        self.next = [m for m in self.asked_at(trainer) if m > pl_module.edits_seen]
         trainer.val_check_batch = float("inf")  # the last batch validates all the same
 
     def on_train_batch_end(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
+def are_settled(row: Mapping[str, Any], edits_seen: int) -> bool:
+    """Whether a row is of an earlier time."""
+    return bool(row["edits_seen"] <= edits_seen)
+
+
+def is_before_checkpoint(row: Mapping[str, Any], edits_seen: int) -> bool:
+    """Whether a row of probes was written before the checkpoint of that many edits was.
+
+    An edit's own probes are asked first, those of a milestone or of the end behind it.
+    """
+    is_own = row["edits_seen"] == edits_seen and row["moment"] == "immediate"
+    return is_own or bool(row["edits_seen"] < edits_seen)
+
+
 @rank_zero_only
-def keep_rows(path: Path, edits_seen: int) -> None:
-    """Drop the rows of later edits, and a torn last line."""
+def keep_rows(
+    path: Path, edits_seen: int, is_kept: Callable[[Mapping[str, Any], int], bool] = are_settled
+) -> None:
+    """Drop the rows of later edits, or what else is not to be kept, and a torn last line."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", newline="\n") as file:
         whole = [line for line in file if line.endswith("\n")]
-    kept = [line for line in whole if json.loads(line)["edits_seen"] <= edits_seen]
+    kept = [line for line in whole if is_kept(json.loads(line), edits_seen)]
     with replacing(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")

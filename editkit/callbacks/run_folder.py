@@ -14,15 +14,16 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.progress import track
 
 from editkit.adapters.io import write_lines
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.folder import EDITS, PREDICTIONS, PROBES, SUMMARY, UNEDITED, claim
-from editkit.callbacks.milestones import is_over
+from editkit.callbacks.milestones import Milestones, is_over
 from editkit.callbacks.protocol import peak_memory_bytes, stamp
-from editkit.callbacks.rows import append_rows, keep_rows, read_rows
+from editkit.callbacks.rows import append_rows, is_before_checkpoint, keep_rows, read_rows
 from editkit.methods.artefact import save_edits
 from editkit.methods.base import EditModule
 from editkit.metrics.evaluate import ProbeRow
@@ -71,10 +72,29 @@ class RunFolder(Callback):
             )
         if not resumed:
             claim(self.folder, self.overwrite)
-        self.rewind(pl_module.edits_seen)
+        keep_rows(self.folder / PROBES, pl_module.edits_seen, is_before_checkpoint)
         self.ability.before(trainer, pl_module)
         if not resumed:
             self._ask_unedited(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: EditModule) -> None:
+        """Ask again, on resume, what a milestone asked behind the checkpoint."""
+        marks = [c for c in trainer.callbacks if isinstance(c, Milestones)]
+        is_due = any(pl_module.edits_seen in mark.asked_at(trainer) for mark in marks)
+        if trainer.ckpt_path and is_due and not is_over(trainer, pl_module):
+            self._append(self._ask_all(trainer, pl_module), "milestone", pl_module.edits_seen)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: EditModule, exception: BaseException
+    ) -> None:
+        """Keep what was done where the run is told to end; Lightning does so between two steps."""
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+
+    def _ask_all(self, trainer: Trainer, pl_module: EditModule) -> list[ProbeRow]:
+        probes, size = trainer.datamodule.probes, trainer.datamodule.probes_per_batch
+        starts = range(0, len(probes), size)
+        return [row for i in starts for row in pl_module.score(probes[i : i + size])]
 
     def _ask_unedited(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Write what the unedited model says to all probes, before the first edit.
@@ -83,7 +103,7 @@ class RunFolder(Callback):
         """
         probes, size = trainer.datamodule.probes, trainer.datamodule.probes_per_batch
         starts = range(0, len(probes), size)
-        silent = trainer.progress_bar_callback is None
+        silent = trainer.progress_bar_callback is None or not trainer.is_global_zero
         rows: list[ProbeRow] = []
         for i in track(starts, "asking the unedited model", disable=silent, transient=True):
             rows += pl_module.score_unedited(probes[i : i + size])
@@ -150,16 +170,17 @@ class RunFolder(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Write `predictions.jsonl`."""
+        if not trainer.is_global_zero:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_lines(self.folder / PREDICTIONS, self.answers)
 
     def on_train_end(self, trainer: Trainer, pl_module: EditModule) -> None:
         """Write what the run has found, then a last checkpoint."""
         if self.asked_at != pl_module.edits_seen:  # killed before its last validation, resumed
-            probes, size = trainer.datamodule.probes, trainer.datamodule.probes_per_batch
-            starts = range(0, len(probes), size)
-            self.rows = [r for i in starts for r in pl_module.score(probes[i : i + size])]
+            self.rows = self._ask_all(trainer, pl_module)
             self._append(self.rows, "final", pl_module.edits_seen)
+        self.ability.now(trainer, pl_module)  # on all devices, for the summary
         self._finish(trainer, pl_module)
         self.finished = pl_module.edits_seen >= len(trainer.datamodule.edits)
         if isinstance(trainer.checkpoint_callback, ModelCheckpoint):
@@ -212,15 +233,9 @@ class RunFolder(Callback):
 
     def _append(self, rows: list[ProbeRow], moment: str, edits_seen: int) -> None:
         """Add rows to `probes.jsonl`, each with the moment it was scored at."""
-        told = [
-            {
-                "moment": moment,
-                "edits_seen": edits_seen,
-                **row,
-                "relation": self.relations.get(row["edit_id"], ""),
-            }
-            for row in rows
-        ]
+        when = {"moment": moment, "edits_seen": edits_seen}
+        about = [{"relation": self.relations.get(row["edit_id"], "")} for row in rows]
+        told = [{**when, **row, **more} for row, more in zip(rows, about, strict=True)]
         append_rows(self.folder / PROBES, told)
 
     def _read(self, moment: str) -> list[Any]:

@@ -124,3 +124,15 @@ def keep_largest(change_DF: Tensor, weight_DF: Tensor, keep: float) -> Tensor:
     score_DF = (change_DF / (weight_DF + 1e-8)).abs()
     rank = max(1, int(round(1 - keep, 12) * score_DF.numel()))
     return torch.where(score_DF >= score_DF.flatten().kthvalue(rank).values, change_DF, 0.0)
+
+
+def turned_away(gram_FF: Tensor) -> Tensor:
+    """Return (1 + C)^-1, which turns gradients [D, F] away from inputs to be left alone.
+
+    C is the weighted sum of x x^T over those inputs, whose outputs are to stay: the projection of
+    orthogonal weights modification (Zeng et al. 2019, arXiv 1810.01256) and the gain of recursive
+    least squares. Of a gradient along one input of weight w the share 1 / (1 + w) is left, and all
+    of it across the inputs.
+    """
+    one_FF = torch.eye(len(gram_FF)).to(gram_FF)
+    return torch.cholesky_inverse(torch.linalg.cholesky(one_FF + gram_FF))

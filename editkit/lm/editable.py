@@ -38,6 +38,10 @@ class EditableLM(nn.Module):
         tokenizer: Its tokenizer.
         spec: What was loaded.
 
+    Attributes:
+        causal_layers: Blocks that recall facts: known of the model, or proposed by depth.
+        memory_layer: Block for a memory, likewise.
+
     Raises:
         ValueError: If the model has no editable site, or the spec names a layer it does not have.
     """
@@ -56,9 +60,13 @@ class EditableLM(nn.Module):
         ] = {}  # decoding: tokens with a stop, per stop tuple
         self._block_gives_tuple: bool | None = None
         self.shortcuts: Shortcuts | None = None  # what passes can leave out, once it was tried
-        for layer in [*(spec.causal_layers or []), spec.memory_layer]:
+        known, depth = spec.with_known(), len(self.blocks)
+        for layer in [*(known.causal_layers or []), known.memory_layer]:
             if layer is not None:
                 self.site(layer)
+        causal, memory = known.causal_layers, known.memory_layer
+        self.causal_layers = propose_causal_layers(depth) if causal is None else causal
+        self.memory_layer = propose_memory_layer(depth) if memory is None else memory
 
     @classmethod
     def load(cls, spec: LMSpec, dtype: torch.dtype = torch.float32) -> EditableLM:
@@ -88,20 +96,6 @@ class EditableLM(nn.Module):
         ids = getattr(config, "eos_token_id", None)
         ids = [ids] if isinstance(ids, int) else list(ids or [])
         return frozenset(ids or ([] if self.policy.eos_id is None else [self.policy.eos_id]))
-
-    @property
-    def causal_layers(self) -> list[int]:
-        """Blocks that recall facts: the spec's, or proposed by depth."""
-        if self.spec.causal_layers is not None:
-            return self.spec.causal_layers
-        return propose_causal_layers(len(self.blocks))
-
-    @property
-    def memory_layer(self) -> int:
-        """Block for a memory: the spec's, or proposed by depth."""
-        if self.spec.memory_layer is not None:
-            return self.spec.memory_layer
-        return propose_memory_layer(len(self.blocks))
 
     def site(self, layer: int, role: str = "mlp.down") -> Site:
         """Return the one site of a role in a block.

@@ -15,6 +15,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,6 +29,7 @@ from editkit.lm.corpus import Corpus, cache_folder
 from editkit.lm.editable import EditableLM
 from editkit.lm.kept import KeptTensors, identity_of
 from editkit.lm.sites import Site
+from editkit.parallel import Ranks, from_all_ranks, ranks_of
 
 log = logging.getLogger(__name__)
 
@@ -101,11 +103,14 @@ def second_moments(
         identity |= {"corpus": corpus.sha256, "tokens": tokens, "max_length": length}
     kept = KeptTensors(cache_folder(cache) / "moments", identity)
     found = {site.path: moments for site in sites if (moments := _load(kept, site)) is not None}
+    everywhere = set.intersection(*from_all_ranks(set(found)))  # machines may not share a cache
+    found = {path: found[path] for path in everywhere}
     if missing := [site for site in sites if site.path not in found]:
         kept.check_writable()
+        progress = progress and Ranks.present().rank == 0
         rows = _encode(lm, corpus, tokens, length, progress)
         found |= _measure(lm, missing, rows, batch_tokens, progress)
-        for site in missing:
+        for site in missing if Ranks.present().rank == 0 else ():
             _save(kept, site, found[site.path])
     _warn_of_few(sites, found, corpus)
     return {site.path: found[site.path] for site in sites}
@@ -137,17 +142,19 @@ def _measure(
     lm: EditableLM, sites: list[Site], rows: list[Ids], batch_tokens: int, progress: bool
 ) -> dict[str, Moments]:
     """Run the rows once, up to the block of the last site."""
-    sums: dict[str, Tensor] = {}
-    count = sum(map(len, rows))
-    device = lm.device.type
+    ranks, count, device = ranks_of(lm.model), sum(map(len, rows)), lm.device
+    place = torch.device("cpu") if device.type == "mps" else device  # MPS has no fp64
+    blank_F = torch.zeros(1, dtype=torch.float64, device=place)
+    sums = {site.path: blank_F.new_zeros(site.in_features, site.in_features) for site in sites}
     with (
         lm.unedited(),
-        torch.autocast(device, enabled=False),
+        torch.autocast(device.type, enabled=False),
         _bar("tokens", count, progress) as bar,
     ):
-        for batch in _batches(rows, batch_tokens):
+        for batch in islice(_batches(rows, batch_tokens), ranks.rank, None, ranks.size):
             _add(lm, sites, batch, sums)
-            bar.advance(bar.task_ids[0], sum(map(len, batch)))
+            bar.advance(bar.task_ids[0], ranks.size * sum(map(len, batch)))
+    ranks.add_up([*sums.values()])
     found = {}
     for site in sites:
         sum_FF = sums.pop(site.path)
@@ -174,11 +181,7 @@ def _add(lm: EditableLM, sites: list[Site], batch: list[Ids], sums: dict[str, Te
         lm(tokens.to(lm.device))
     for site, (inputs_BTF,) in taps:
         keys_NF = inputs_BTF[tokens.mask_BT.to(inputs_BTF.device)]
-        if keys_NF.device.type == "mps":  # has no fp64
-            keys_NF = keys_NF.cpu()
-        keys_NF = keys_NF.double()
-        if site.path not in sums:
-            sums[site.path] = keys_NF.new_zeros(keys_NF.shape[1], keys_NF.shape[1])
+        keys_NF = keys_NF.to(sums[site.path].device).double()
         sums[site.path].addmm_(keys_NF.T, keys_NF)
 
 

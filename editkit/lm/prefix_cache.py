@@ -70,8 +70,11 @@ class PrefixCache(DynamicCache):
         length = next(iter(joined.values()))[0].shape[-2]
         spare_B1 = length - self.length - lengths_B[:, None]
         span_P = torch.arange(length, device=lengths_B.device)
-        order_BP = ((span_P - spare_B1) % length)[:, None, :, None]
-        return PrefixCache(joined)._each(lambda x: torch.take_along_dim(x, order_BP, -2))
+        order_BP = (span_P - spare_B1) % length
+        row_B1 = torch.arange(len(order_BP), device=order_BP.device)[:, None]
+        return PrefixCache(joined)._each(
+            lambda x: x.transpose(1, 2)[row_B1, order_BP].transpose(1, 2).contiguous()
+        )
 
     def spread(self, rows: Sequence[int], records: bool = False) -> PrefixCache:
         """Return the same for rows that look back at these of its rows."""

@@ -31,14 +31,12 @@ class Shortcuts:
         left: The tokens left of the place are run once, and what rows share once for all.
         head: The LM head sees the wanted tokens only.
         last: So does the MLP of the last block.
-        leave: Rows that are done leave.
     """
 
     below: bool = True
     left: bool = True
     head: bool = True
     last: bool = True
-    leave: bool = True
 
 
 class RowStates:

@@ -19,6 +19,7 @@ from editkit.lm.editable import EditableLM
 from editkit.lm.sites import Site
 from editkit.lm.tokens import Padding, Tokens
 from editkit.lm.trace import change
+from editkit.parallel import ranks_of
 
 
 class TargetRows:
@@ -50,7 +51,9 @@ class TargetRows:
         heads, tails = self.lm.policy.pieces(prompts, targets, self.append_eos)
         tokens = self._tokens(heads, tails)
         if self.above > 0:
-            hidden_BTH = self.lm.hidden_before(self.above, tokens)
+            ranks = ranks_of(self.lm.model)
+            own_BTH = self.lm.hidden_before(self.above, _part(tokens, ranks.own(len(heads))))
+            hidden_BTH = ranks.gather(own_BTH, len(heads))
             lengths = tokens.mask_BT.sum(1).tolist()
             self.hidden_TH += [h[:n] for h, n in zip(hidden_BTH, lengths, strict=True)]
         self.heads += heads
@@ -58,13 +61,15 @@ class TargetRows:
 
     def losses(self, index: Sequence[int] | None = None) -> Tensor:
         """Return the mean target NLL of the rows at `index` (all by default), nats [B]."""
-        chosen = range(len(self)) if index is None else index
+        asked, ranks = range(len(self)) if index is None else index, ranks_of(self.lm.model)
+        chosen = asked[ranks.own(len(asked))]
         tokens = self._tokens([self.heads[i] for i in chosen], [self.tails[i] for i in chosen])
         hidden_BTH = None
         if self.above > 0:
             hidden_BTH = pad_sequence([self.hidden_TH[i] for i in chosen], batch_first=True)
         logits_NV = self.lm.target_logits(tokens, self.above, hidden_BTH)
-        return target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(chosen))
+        loss_B = target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(chosen))
+        return ranks.gather(loss_B, len(asked))
 
     def _tokens(self, heads: list[list[int]], tails: list[list[int]]) -> Tokens:
         return self.lm.policy.pad(heads, tails, [-1] * len(heads)).to(self.lm.device)
@@ -75,6 +80,9 @@ class SiteRows:
 
     What is added to a site's output changes neither the site's input nor anything below, so each
     call of `losses` runs the blocks above only.
+
+    On several devices each runs its share of the rows; what it found of all of them, and the losses
+    and gradients of all, are the same everywhere.
 
     Args:
         lm: Model to edit; its edits are out of the way while the rows are run.
@@ -103,11 +111,19 @@ class SiteRows:
         self.site = site
         self.adds_up = adds_up
         self.tokens = lm.encode(prompts, targets, padding=padding, append_eos=append_eos)
-        self.partly = partly_needed(lm, site.layer + 1, self.tokens)
+        self.ranks = ranks_of(lm.model)
+        self._share_out()
         with lm.unedited():
-            self.inputs_BTF, self.hidden_BTH = run_to_site(lm, site, self.tokens)
+            inputs_BTF, hidden_BTH = run_to_site(lm, site, self.own)
             if not adds_up:
-                self.hidden_BTH = lm.hidden_before(site.layer, self.tokens)
+                hidden_BTH = lm.hidden_before(site.layer, self.own)
+        self.inputs_BTF = self.ranks.gather(inputs_BTF, len(prompts))
+        self.hidden_BTH = self.ranks.gather(hidden_BTH, len(prompts))
+
+    def _share_out(self) -> None:
+        """Find this device's rows, and what of them the blocks above the site need."""
+        self.own = _part(self.tokens, self.ranks.own(len(self.tokens.ids_BT)))
+        self.partly = partly_needed(self.lm, self.site.layer + 1, self.own)
 
     def __len__(self) -> int:
         return len(self.hidden_BTH)
@@ -120,7 +136,7 @@ class SiteRows:
         """Return these rows (int64), in their order; nothing runs again."""
         part, columns_T = copy(self), self.columns(rows)
         part.tokens = self.tokens.rows(rows)
-        part.partly = partly_needed(self.lm, self.site.layer + 1, part.tokens)
+        part._share_out()
         part.inputs_BTF = self.inputs_BTF[rows][:, columns_T]
         part.hidden_BTH = self.hidden_BTH[rows][:, columns_T]
         return part
@@ -132,7 +148,8 @@ class SiteRows:
         """Return rows whose `inputs_BTF` and `hidden_BTH` are known already."""
         rows = cls.__new__(cls)
         rows.lm, rows.site, rows.adds_up, rows.tokens = lm, site, adds_up, tokens
-        rows.partly = partly_needed(lm, site.layer + 1, tokens)
+        rows.ranks = ranks_of(lm.model)
+        rows._share_out()
         rows.inputs_BTF, rows.hidden_BTH = states_BT
         return rows
 
@@ -141,32 +158,41 @@ class SiteRows:
 
         Gradients reach `added_BTD`.
         """
-        ids_N, rows_N = self.tokens.target_ids_N, self.tokens.target_rows_N
-        return target_nll(self.logits(added_BTD), ids_N, rows_N, len(self.tokens.ids_BT))
+        logits_NV, tokens = self._own_logits(added_BTD), self.own
+        own_B = target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
+        return self.ranks.gather(own_B, len(added_BTD))
 
     @torch.no_grad()
     def hits(self, added_BTD: Tensor) -> Tensor:
         """Return the share of each row's target tokens that come out likeliest, fp32 [B]."""
-        right_N = (self.logits(added_BTD).argmax(-1) == self.tokens.target_ids_N).float()
-        size_B = self.tokens.target_BT.sum(1)
-        found_B = right_N.new_zeros(len(size_B))
-        return found_B.index_add(0, self.tokens.target_rows_N, right_N) / size_B
+        tokens = self.own
+        right_N = (self._own_logits(added_BTD).argmax(-1) == tokens.target_ids_N).float()
+        size_B = tokens.target_BT.sum(1)
+        found_B = right_N.new_zeros(len(size_B)).index_add(0, tokens.target_rows_N, right_N)
+        return self.ranks.gather(found_B / size_B, len(added_BTD))
 
-    def logits(self, added_BTD: Tensor) -> Tensor:
-        """Return fp32 logits [N, V] that predict the target tokens."""
-        lm, tokens = self.lm, self.tokens
+    def _own_logits(self, added_BTD: Tensor) -> Tensor:
+        """Return fp32 logits [N, V] that predict the target tokens of this device's rows."""
+        lm, tokens = self.lm, self.own
+        own_BTH = self.hidden_BTH[self.ranks.own(len(added_BTD))]
+        added_BTD = self.ranks.scatter(added_BTD)
         with ExitStack() as stack:
             stack.enter_context(lm.unedited())
             if self.adds_up:
                 above = self.site.layer + 1
-                hidden_BTH = self.hidden_BTH + added_BTD.to(self.hidden_BTH)
+                hidden_BTH = own_BTH + added_BTD.to(own_BTH)
             else:
-                above, hidden_BTH = self.site.layer, self.hidden_BTH
+                above, hidden_BTH = self.site.layer, own_BTH
                 add = {self.site.path: lambda y_BTD: y_BTD + added_BTD.to(y_BTD)}
                 stack.enter_context(change(lm.model, add))
             for module, flat_N in self.partly:
                 stack.enter_context(tokens_at(module, flat_N, spread=True))
             return lm.target_logits(tokens, above, hidden_BTH)
+
+
+def _part(tokens: Tokens, rows: slice) -> Tokens:
+    """Return some of the rows, as wide as they all are."""
+    return Tokens(**{name: getattr(tokens, name)[rows] for name in Tokens.__slots__})
 
 
 def partly_needed(lm: EditableLM, first: int, tokens: Tokens) -> list[tuple[nn.Module, Tensor]]:

@@ -133,7 +133,7 @@ class SuffixRows:
         with ExitStack() as stack:
             stack.enter_context(above(self.lm, self.first, part.hidden_BSH))
             stack.enter_context(change(self.lm.model, {self.path: shift}))
-            if part.at_B.device.type == "cpu":  # in bf16 the fused backward is several times slower
+            if self._is_slow_fused(part.at_B.device):
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self.shortcuts.head:
                 head = self.lm.model.get_output_embeddings()
@@ -142,6 +142,11 @@ class SuffixRows:
                 stack.enter_context(tokens_at(self.last_mlp, part.flat_N, spread=True))
             logits: Tensor = self.lm.model(**part.inputs).logits
         return (logits[0] if self.shortcuts.head else logits.flatten(0, 1)[part.flat_N]).float()
+
+    def _is_slow_fused(self, device: torch.device) -> bool:
+        """Whether fused attention is the slower one: its backward is, on the CPU below fp32."""
+        is_low = torch.is_autocast_enabled("cpu") or self.lm.model.dtype != torch.float32
+        return device.type == "cpu" and is_low
 
     def _record(self, states: RowStates, order: Sequence[int]) -> PrefixCache:
         """Run what is left of the places once, and keep its keys and values."""

@@ -160,9 +160,10 @@ class TokenPolicy:
         heads = [self._up_to(p, s) for p, s in zip(prompts, subjects, strict=True)]
         return [len(head) - 1 for head in self.ids(heads)]
 
-    def template_index(self, template: str, subject: str) -> int:
-        """Return the last token's index of a subject in a template's {}, spaces included (ROME)."""
-        return len(self.ids([template.partition("{}")[0] + subject])[0]) - 1
+    def template_indices(self, template: str, subjects: list[str]) -> list[int]:
+        """Return each subject's last token's index in a template's {}, spaces included (ROME)."""
+        head = template.partition("{}")[0]
+        return [len(ids) - 1 for ids in self.ids([head + subject for subject in subjects])]
 
     def _up_to(self, prompt: str, subject: str) -> str:
         """Return the prompt's text up to its subject's end."""

@@ -27,6 +27,7 @@ from editkit.lm.spec import LMSpec
 from editkit.methods.steps import StreamModule
 from editkit.metrics.evaluate import ProbeRow, score_probes
 from editkit.metrics.protocol import EvalProtocol
+from editkit.parallel import agreed, from_all_ranks, ranks_of
 
 NOT_SAVED = ("self", "lm", "evaluation")
 
@@ -89,14 +90,15 @@ class EditModule(StreamModule, ABC):
             self.init_args()  # what could not be saved at the end is an error now
             precision = str(self._trainer.precision) if self._trainer is not None else ""
             dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-            self.lm = EditableLM.load(self.spec, dtypes.get(precision, torch.float32))
-            self.attach()
+            with agreed():
+                self.lm = EditableLM.load(self.spec, dtypes.get(precision, torch.float32))
+                self.attach()
 
     @final
     def start(self) -> None:
         """Load, attach and prepare: what the Trainer does before the first edit."""
         self.configure_model()
-        with torch.no_grad(), self.lm.unedited():
+        with agreed(), torch.no_grad(), self.lm.unedited():
             self.prepare()
         self.is_prepared = True
 
@@ -114,13 +116,13 @@ class EditModule(StreamModule, ABC):
         if not self.is_prepared:  # outside a Trainer
             self.start()
         started = time.perf_counter()
-        before_B = self.edit_losses(edits)
         layers = self.lm.layers.values()
         for layer in layers:
             layer.moved = 0.0
-        with self._discard_on_error():
+        with self._discard_on_error(), agreed():
+            before_B = self.edit_losses(edits)
             numbers = self.edit(edits)
-        after_B = self.edit_losses(edits)
+            after_B = self.edit_losses(edits)
         norm = sum(layer.moved**2 for layer in layers) ** 0.5
         seconds = time.perf_counter() - started
         step, now = self._step(), datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -159,24 +161,37 @@ class EditModule(StreamModule, ABC):
     @torch.no_grad()
     def edit_losses(self, edits: list[Edit]) -> Tensor:
         """Return each edit's mean target NLL under the model as it is, nats [B]."""
-        size, losses = self.evaluation.batch_size, []
-        for start in range(0, len(edits), size):
-            part = edits[start : start + size]
+        size, losses, ranks = self.evaluation.batch_size, [], ranks_of(self.lm.model)
+        own = edits[ranks.own(len(edits))]
+        for start in range(0, len(own), size):
+            part = own[start : start + size]
             tokens = self.lm.encode([e.prompt for e in part], [e.target for e in part])
             logits_NV = self.lm.target_logits(tokens)
             ids_N, rows_N = tokens.target_ids_N, tokens.target_rows_N
             losses.append(target_nll(logits_NV, ids_N, rows_N, len(part)))
-        return torch.cat(losses)
+        return ranks.gather(torch.cat(losses), len(edits))
 
     def score(self, probes: list[Probe]) -> list[ProbeRow]:
         """Score the probes whose edits are applied and stand; one row per probe and kind."""
         asked = [p for p in probes if p.is_due(self.edits_seen)]
-        return score_probes(self.lm, asked, self.references, self.evaluation) if asked else []
+        return self.score_by(self.evaluation, asked) if asked else []
 
     def score_unedited(self, probes: list[Probe]) -> list[ProbeRow]:
         """Score probes on the unedited model, and keep the answers that later scores need."""
         with self.lm.unedited():
-            return score_probes(self.lm, probes, self.references, self.evaluation)
+            return self.score_by(self.evaluation, probes)
+
+    @final
+    def score_by(self, protocol: EvalProtocol, probes: list[Probe]) -> list[ProbeRow]:
+        """Score probes by a protocol, on the model as it stands; devices share them out."""
+        ranks = ranks_of(self.lm.model)
+        own = probes[ranks.own(len(probes))]
+        with agreed():
+            rows = score_probes(self.lm, own, self.references, protocol)
+            if ranks.size > 1:
+                for known in from_all_ranks(self.references.about(own)):
+                    self.references.take(known, protocol)
+            return ranks.gather_list(rows, len(probes))
 
     def init_args(self) -> dict[str, Any]:
         """Return the constructor arguments that rebuild this method, as JSON has them.

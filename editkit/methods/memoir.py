@@ -25,6 +25,12 @@ Deviations:
       its columns and changes its answer.
     - Padding is told by the attention mask; the twelfth, unused row of the release is dropped.
 
+Beyond the paper: with `shield` s, an edit's gradient G is turned to G (1 + s C)^-1 before it is
+clipped, C being the second moments of the masked inputs from which earlier answers are read, of
+trace 1 for each edit (`Shield`, `functional.solve.turned_away`). Old answers then hardly move. An
+edit undone stays in C; one made again is not held back by what it wrote. C costs F^2 fp32
+(Llama-3-8B: 822 MB) and an edit k^3 / 3 operations.
+
 Undo is exact where locality is concerned: the edit's keys go, and its prompts are routed as if it
 had never been made, to the base model bit for bit where no other edit answers. The newest edit is
 also taken out of W_m, bit for bit. What an older one wrote stays in the columns it shares with
@@ -41,18 +47,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from editkit.adapters.columns import Columns
 from editkit.adapters.keys import Routing
 from editkit.adapters.residual import ResidualMemory
-from editkit.descend import descend
 from editkit.edits import Edit
 from editkit.lm.openings import unrelated_prompts
 from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
+from editkit.methods.column_search import RELEASED_DECAY, descend_columns
 from editkit.methods.memory import MemoryEdit, text_hashes
 
 PUBLISHED = Routing()
-RELEASED_DECAY, RELEASED_CHANGE = 1e-5, 1e-4
 
 
 class MEMOIR(MemoryEdit):
@@ -68,6 +72,8 @@ class MEMOIR(MemoryEdit):
         routing: How prompts are matched.
         corpus: Texts of which unrelated prompts are made: a .txt, .jsonl or folder, or a data set
             of the Hub; none takes the `corpus.txt` of the base model, else the model writes them.
+        shield: Weight of each earlier edit against a new edit's gradient, which is turned away
+            from what they read (not in the paper); 0 is off.
         compat: Decay, weigh and stop as the released code does.
     """
 
@@ -83,14 +89,15 @@ class MEMOIR(MemoryEdit):
         rephrase_keys: bool = False,
         routing: Routing = PUBLISHED,
         corpus: str | None = None,
+        shield: float = 0.0,
         compat: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if k <= 0 or (k >= 1 and k != int(k)) or steps < 1:
+        if k <= 0 or (k >= 1 and k != int(k)) or steps < 1 or shield < 0:
             raise ValueError(
-                f"k is {k}, steps is {steps}; k is a share below 1 or a whole number of columns, "
-                "and steps at least 1"
+                f"k is {k}, steps is {steps}, shield is {shield}; k is a share below 1 or a whole "
+                "number of columns, steps at least 1 and shield at least 0"
             )
         self.k = k
         self.steps = steps
@@ -100,6 +107,7 @@ class MEMOIR(MemoryEdit):
         self.rephrase_keys = rephrase_keys
         self.routing = routing
         self.corpus = corpus
+        self.shield = shield
         self.compat = compat
         self.newest: list[int] = []  # edits of the last batch of this session
 
@@ -119,6 +127,11 @@ class MEMOIR(MemoryEdit):
     def held(self) -> list[int]:
         """Ids of the edits that the memory answers with, in order."""
         return sorted(set(self.memory.keys.edit_K.tolist()))
+
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the ledger's entries of edits that stand; of one prompt only the latest does."""
+        held = set(self.held)
+        return [e for e in super().standing() if e["edit_id"] in held]
 
     def prepare(self) -> None:
         """Write prefixes; centre and calibrate on unrelated prompts, where that is not done yet."""
@@ -148,17 +161,21 @@ class MEMOIR(MemoryEdit):
         texts, edits = list(by_text), list(by_text.values())
         keys = self.memory.keys
         mask_EW = self._masks([e.prompt for e in edits])
-        for i, text in enumerate(texts):
-            if (slot := keys.slot_of(text)) is not None:  # edited again: the same columns
-                mask_EW[i] = keys.bits_KW[slot]
+        shield_E = [self.shield] * len(edits)
+        for i, slot in enumerate(keys.slots_of(texts).tolist()):
+            if slot >= 0:  # edited again: the same columns
+                mask_EW[i], shield_E[i] = keys.bits_KW[slot], 0.0
         rows = self.rows(edits)
-        columns = self.memory.columns(mask_EW)
-        losses_E, steps = self._descend(rows, columns)
+        columns = self.memory.columns(mask_EW, shield_E)
+        losses_E, steps = descend_columns(
+            rows, columns, self.steps, self.lr, self.clip, self.stop_below, self.compat
+        )
         shrink = (1 - self.lr * RELEASED_DECAY) ** steps if self.compat else 1.0
         self.memory.write(columns.used_C, columns.values_DC, shrink)
-        for edit, mask_W, text in zip(edits, mask_EW, texts, strict=True):
-            keys.add_slot(mask_W, edit.id, text)
         self.newest = [e.id for e in edits]
+        keys.add_slots(mask_EW, self.newest, texts)
+        if self.shield:
+            self.memory.shield.add(*columns.read(rows.inputs_BTF, rows.tokens.predicts_BT))
         numbers = {"steps": float(steps), "loss": float(losses_E.mean())}
         numbers["self_match"] = self._self_match(edits, rows)
         added_AW, rates = self._add_rephrases(edits)
@@ -182,43 +199,6 @@ class MEMOIR(MemoryEdit):
         self.memory.calibrate()
 
     # private
-
-    def _descend(self, rows: SiteRows, columns: Columns) -> tuple[Tensor, int]:
-        """Move the columns until every edit is done; return the last losses [E] and the steps."""
-        edits, tokens = len(columns.leaves), rows.tokens
-        inputs = columns.inputs(rows.inputs_BTF)
-        size_B = tokens.target_BT.sum(1)
-        weight_B = size_B / (size_B + 1) if self.compat else torch.ones_like(size_B)
-        seen: list[Tensor] = []
-
-        def loss_fn(step: int) -> Tensor:
-            loss_B = rows.losses(columns.products(inputs)) * weight_B
-            loss_E = loss_B.view(edits, -1).mean(1)
-            done_E = self._are_done(seen, loss_E.detach())
-            seen.append(loss_E.detach())
-            return loss_E[~done_E].sum()
-
-        descent = descend(
-            columns.leaves,
-            loss_fn,
-            self.steps,
-            self.lr,
-            stop_below=0.0,  # the sum over the edits that are not done
-            weight_decay=RELEASED_DECAY if self.compat else 0.0,
-            project=columns.merge,
-            optimizer=torch.optim.SGD,
-            clip=self.clip,
-        )
-        return seen[-1], descent.steps
-
-    def _are_done(self, seen: list[Tensor], loss_E: Tensor) -> Tensor:
-        """Return which edits take no further step, bool [E]."""
-        if not self.compat:
-            return loss_E <= self.stop_below
-        if len(seen) < 2:
-            return torch.zeros_like(loss_E, dtype=torch.bool)
-        has_settled_E = (seen[-1] - seen[-2]).abs() <= RELEASED_CHANGE
-        return has_settled_E & (seen[-1] <= self.stop_below)
 
     def _self_match(self, edits: list[Edit], rows: SiteRows) -> float:
         """Return the share of the prompts that, as they stand among the rows, find their edits."""

@@ -7,7 +7,7 @@ are routed: a scored row says which edit answered it, and every validation logs 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -22,6 +22,8 @@ from editkit.lm.openings import STARTS, written
 from editkit.lm.rows import SiteRows, adds_up
 from editkit.methods.base import EditModule
 from editkit.metrics.evaluate import ProbeRow
+from editkit.metrics.routing import routing_rates
+from editkit.parallel import agreed, ranks_of
 
 LENGTHS = (5, 10)  # tokens of the prefixes that the model writes, one of each for every start
 
@@ -96,12 +98,13 @@ class MemoryEdit(EditModule):
 
     def routes(self, prompts: Sequence[str]) -> list[Answerer]:
         """Return who answers each prompt, whether its answer is forced or free."""
-        found = []
-        for pair in self.inputs(prompts):
-            route = self.memory.route(*pair)
-            owners = self.owners(route.slot_B)
-            found += map(Answerer, owners, route.match_B.tolist())
-        return found
+        found, ranks = [], ranks_of(self.lm.model)
+        with agreed():
+            for pair in self.inputs(prompts[ranks.own(len(prompts))]):
+                route = self.memory.route(*pair)
+                owners = self.owners(route.slot_B)
+                found += map(Answerer, owners, route.match_B.tolist())
+            return ranks.gather_list(found, len(prompts))
 
     def rows(self, edits: list[Edit]) -> SiteRows:
         """Return the rows that edits train on: each behind nothing and behind every prefix."""
@@ -150,23 +153,3 @@ def text_hashes(lm: EditableLM, prompts: Sequence[str]) -> list[int]:
     rows = lm.policy.pieces(list(prompts))[0]
     digests = [blake2b(repr(row).encode(), digest_size=8).digest() for row in rows]
     return [int.from_bytes(digest, "big", signed=True) for digest in digests]
-
-
-def routing_rates(rows: Iterable[Any]) -> dict[str, float]:
-    """Return how often prompts were routed right and wrong; kinds that were not asked are left out.
-
-    `self_match`: edited prompts answered by their own edit. `rejected`, `wrong_route`: other
-    wordings of them answered by the unedited model, by another edit. `false_activations`: prompts
-    that an edit should leave alone and some edit answers.
-    """
-    own: dict[str, list[bool]] = {}
-    for row in rows:
-        answerer, kind = row["route"]["edit_id"], row["kind"]
-        if kind == "reliability":
-            own.setdefault("self_match", []).append(answerer == row["edit_id"])
-        elif kind == "generalization":
-            own.setdefault("rejected", []).append(answerer is None)
-            own.setdefault("wrong_route", []).append(answerer not in (None, row["edit_id"]))
-        elif kind == "locality":
-            own.setdefault("false_activations", []).append(answerer is not None)
-    return {name: sum(hits) / len(hits) for name, hits in own.items()}

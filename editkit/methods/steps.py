@@ -21,6 +21,7 @@ from editkit.metrics.edit_score import EditScores
 from editkit.metrics.evaluate import ProbeRow
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.references import References
+from editkit.parallel import agreed, ranks_of
 
 
 class StreamModule(L.LightningModule):
@@ -44,7 +45,8 @@ class StreamModule(L.LightningModule):
         self.edits_seen = 0
         self.ledger: list[dict[str, Any]] = []
         self.references = References()
-        self.scores = EditScores(evaluation.scorers)
+        # every device has all rows: nothing to sync
+        self.scores = EditScores(evaluation.scorers, sync_on_compute=False)
         self.lm: EditableLM | None = None  # type: ignore[assignment]
 
     def train(self, mode: bool = True) -> StreamModule:
@@ -81,6 +83,10 @@ class StreamModule(L.LightningModule):
     @abstractmethod
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take `stream_state` back."""
+
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the ledger's entries of edits that stand: not undone, not rolled back."""
+        return [e for e in self.ledger if not (e["undone"] or e.get("rolled_back"))]
 
     def configure_optimizers(self) -> None:
         """Have none: Lightning's mock optimiser is the clock, `descend` optimises."""
@@ -138,13 +144,16 @@ class StreamModule(L.LightningModule):
     @final
     def predict_step(self, batch: Iterable[Probe], batch_idx: int) -> list[dict[str, Any]]:
         """Answer the probes' prompts freely, with the edited model."""
-        probes = list(batch)
-        prompts = [p.prompt for p in probes]
-        answers = self.lm.generate(prompts, self.evaluation.max_new_tokens, self.evaluation.stop)
-        return [
-            {"id": p.id, "prompt": p.prompt, "answer": answer}
-            for p, answer in zip(probes, answers, strict=True)
-        ]
+        probes, ranks = list(batch), ranks_of(self.lm.model)
+        own = probes[ranks.own(len(probes))]
+        with agreed():
+            prompts, protocol = [p.prompt for p in own], self.evaluation
+            answers = self.lm.generate(prompts, protocol.max_new_tokens, protocol.stop)
+            rows = [
+                {"id": p.id, "prompt": p.prompt, "answer": answer}
+                for p, answer in zip(own, answers, strict=True)
+            ]
+            return ranks.gather_list(rows, len(probes))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the edits and the stream's state; leave the base model out."""

@@ -31,6 +31,7 @@ from editkit.lm.shortcuts import find_shortcuts
 from editkit.lm.sites import Site, find_blocks
 from editkit.lm.subject_rows import encode_edits, shared_leads
 from editkit.methods.value_search import ValueLoss, ValueSearch
+from editkit.parallel import ranks_of
 
 Weights = Literal["halves", "flat", "bare"]
 
@@ -107,14 +108,16 @@ class SubjectRows:
         if not edits or micro_batch < 1:
             raise ValueError(f"{len(edits)} edits in groups of {micro_batch}; both need 1 or more")
         self.lm = lm
-        self.edits = list(edits)
+        self.ranks, self.count = ranks_of(lm.model), len(edits)
+        own = self.ranks.own(self.count)  # the rows of these run here
+        self.edits = list(edits[own])
         self.weights = weights
         blocks, _ = find_blocks(lm.model)
         path = sites[-1].path if is_inside else f"{blocks}.{value_layer}"
         first = value_layer if is_inside else value_layer + 1
         rows = encode_edits(lm, edits, strip_braces(prefixes), kl_prompt)
         self.shortcuts = shortcuts or find_shortcuts(lm, rows[0], sites[0], path, first)
-        leads = shared_leads(rows)
+        leads, rows = shared_leads(rows), rows[own]
         self.groups = [
             RowStates(lm, rows[i : i + micro_batch], leads, sites[0], path, first, self.shortcuts)
             for i in range(0, len(rows), micro_batch)
@@ -134,17 +137,17 @@ class SubjectRows:
             start_ED = torch.zeros_like(group.init_ED)
             found.append(descend_rows(start_ED, loss, search.steps, search.lr, names.__getitem__))
             terms.append(loss.terms_3E)
-        init_ED = torch.cat([group.init_ED for group in self.groups])
-        delta_ED = torch.cat([part.found_BD for part in found])
-        nll_E, kl_E, decay_E = torch.cat(terms, 1)
+        init_ED = self._of_all([group.init_ED for group in self.groups])
+        delta_ED = self._of_all([part.found_BD for part in found])
+        nll_E, kl_E, decay_E = self._of_all([terms_3E.T for terms_3E in terms]).T
         return Values(
             z_DE=(init_ED + delta_ED).T,
             init_DE=init_ED.T,
             nll_E=nll_E,
             kl_E=kl_E,
             decay_E=decay_E,
-            passes_E=torch.cat([part.calls_B for part in found]),
-            stopped_E=torch.cat([part.stopped_B for part in found]),
+            passes_E=self._of_all([part.calls_B for part in found]),
+            stopped_E=self._of_all([part.stopped_B for part in found]),
         )
 
     def keys(self, site: Site, weights: Weights | None = None) -> Tensor:
@@ -154,7 +157,7 @@ class SubjectRows:
             site: One of `sites`, not below the site asked for last.
             weights: The constructor's by default; `bare` takes the bare prompts alone.
         """
-        return torch.cat([
+        return self._of_all([
             _weighted(group.keys(site), group.each, weights or self.weights)
             for group in self.groups
         ]).T  # fmt: skip
@@ -164,7 +167,11 @@ class SubjectRows:
 
         Before anything is written they are `init_DE` of the values.
         """
-        return torch.cat([group.values() for group in self.groups]).T
+        return self._of_all([group.values() for group in self.groups]).T
+
+    def _of_all(self, parts: list[Tensor]) -> Tensor:
+        """Return the rows of all edits, those of other devices included."""
+        return self.ranks.gather(torch.cat(parts), self.count)
 
 
 def _check(sites: Sequence[Site], value_layer: int, is_inside: bool) -> None:

@@ -60,10 +60,8 @@ class ValueLoss:
 
     def __init__(self, states: RowStates, search: ValueSearch) -> None:
         self.search = search
-        self.leave = states.shortcuts.leave
         self.each = states.each
         self.norm_E = states.init_ED.norm(dim=1)
-        self.delta_ED = torch.zeros_like(states.init_ED)
         self.going_E = torch.arange(states.n_edits, device=states.init_ED.device)
         self.ranked_E = torch.zeros_like(self.going_E)
         self.terms_3E = states.init_ED.new_zeros(3, states.n_edits)
@@ -76,18 +74,14 @@ class ValueLoss:
     def __call__(self, delta_ED: Tensor) -> tuple[Tensor, Tensor]:
         """Return the total loss of each edit, and whether it has stopped."""
         search, going_E = self.search, self.going_E
-        moved_ED = delta_ED if self.leave else self.delta_ED.index_put((going_E,), delta_ED)
-        logits_NV = self.rows.logits(moved_ED)
-        nll_E, missed_E = self._nll(logits_NV, len(moved_ED))
+        logits_NV = self.rows.logits(delta_ED)
+        nll_E, missed_E = self._nll(logits_NV, len(delta_ED))
         kl_E = torch.zeros_like(nll_E)
         if search.kl > 0:
             anchors_EV = logits_NV[self.anchor_E]
             if self.start_EV is None:
                 self.start_EV = anchors_EV.detach().log_softmax(-1)
             kl_E = search.kl * kl_from(self.start_EV, anchors_EV)
-        if not self.leave:
-            nll_E, kl_E, missed_E = nll_E[going_E], kl_E[going_E], missed_E[going_E]
-            self.delta_ED = moved_ED.detach()
         decay_E = search.weight_decay * delta_ED.norm(dim=1) / self.norm_E[going_E] ** 2
         terms_3E = torch.stack([nll_E, kl_E, decay_E])
         self.terms_3E[:, going_E] = terms_3E.detach()
@@ -126,7 +120,6 @@ class ValueLoss:
     def keep(self, rows: list[int]) -> None:
         """Go on with these edits."""
         self.going_E = self.going_E[rows]
-        if self.leave:
-            self.rows.keep(rows)
-            self.start_EV = None if self.start_EV is None else self.start_EV[rows]
-            self._point()
+        self.rows.keep(rows)
+        self.start_EV = None if self.start_EV is None else self.start_EV[rows]
+        self._point()

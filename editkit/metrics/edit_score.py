@@ -98,6 +98,7 @@ class EditScores(nn.Module):
         scorers: What rows were scored by.
         kinds: Kinds of row to expect; the same on every rank.
         seed: Seed of the bootstrap.
+        kwargs: Passed to `torchmetrics.Metric`.
     """
 
     def __init__(
@@ -105,9 +106,12 @@ class EditScores(nn.Module):
         scorers: Sequence[Scorer] = SCORERS,
         kinds: Sequence[str] = ROW_KINDS,
         seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.metrics = nn.ModuleList(EditScore(k, s, seed) for k in kinds for s in scorers)
+        self.metrics = nn.ModuleList(
+            EditScore(k, s, seed, **kwargs) for k in kinds for s in scorers
+        )
 
     def __iter__(self) -> Iterator[EditScore]:
         return (metric for metric in self.metrics if isinstance(metric, EditScore))

@@ -11,6 +11,7 @@ import torch
 from editkit.functional.scores import token_nll
 from editkit.lm.editable import EditableLM
 from editkit.lm.tokens import TokenPolicy, Tokens
+from editkit.parallel import ranks_of
 
 
 @torch.no_grad()
@@ -35,12 +36,14 @@ def perplexity(
     positions = getattr(lm.model.config, "max_position_embeddings", None) or max_tokens
     policy = TokenPolicy(lm.tokenizer)
     ordered = sorted((t for t in texts if t.strip()), key=len, reverse=True)
-    total, count = 0.0, 0
-    for start in range(0, len(ordered), batch_size):
+    ranks, found = ranks_of(lm.model), torch.zeros(2, dtype=torch.float64)
+    for start in range(ranks.rank * batch_size, len(ordered), ranks.size * batch_size):
         tokens = policy.encode(ordered[start : start + batch_size])
         tokens = _all_but_first(tokens, min(max_tokens, positions)).to(lm.device)
         nll_N = token_nll(lm.target_logits(tokens), tokens.target_ids_N).cpu().double()
-        total, count = total + float(nll_N.sum()), count + len(nll_N)
+        found += torch.tensor([float(nll_N.sum()), len(nll_N)], dtype=torch.float64)
+    ranks.add_up([found])
+    total, count = found.tolist()
     return math.exp(min(total / count, 700.0)) if count else None
 
 

@@ -111,6 +111,15 @@ class References:
         self._decoding = dict(state["decoding"])
         self._by_id = {name: Reference(**kept) for name, kept in state["probes"].items()}
 
+    def about(self, probes: Sequence[Probe]) -> dict[str, Reference]:
+        """Return what is known of these probes, by id."""
+        return {p.id: self._by_id[p.id] for p in probes if p.id in self._by_id}
+
+    def take(self, known: dict[str, Reference], protocol: EvalProtocol) -> None:
+        """Take over what another device asked, by this protocol."""
+        self._check(protocol)
+        self._by_id |= known
+
     def _check(self, protocol: EvalProtocol) -> None:
         """Refuse to mix answers that were decoded in different ways."""
         decoding = {"max_new_tokens": protocol.max_new_tokens, "stop": list(protocol.stop)}

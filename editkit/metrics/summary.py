@@ -11,6 +11,7 @@ A line of `probes.jsonl` is a row of `editkit.metrics.evaluate` with its moment:
     answer      what the model said, cut; null where nothing was decoded
     reference   what the unedited model said; null on rows that are not compared with it
     counted     whether the probe's conditions hold for the unedited model
+    route       which edit answered and how well its key fits; only of routed methods
 
 `summary.json` holds, every estimate being {value, low, high, n, edits}:
 
@@ -21,6 +22,8 @@ A line of `probes.jsonl` is a row of `editkit.metrics.evaluate` with its moment:
     axes        kind: axis: scorer: estimate
     immediate   kind: scorer: estimate over the rows scored right after their own edit
     by_age      [{age: [from, to], edits, scores}], newest first
+    routing     rate: estimate over the final rows, where a memory picks who answers
+                (`editkit.metrics.routing`); empty elsewhere
     uncounted   kind: rows left out
     protocol    how rows were scored, and what a run is stamped with
 
@@ -44,6 +47,7 @@ import numpy as np
 from editkit.metrics.evaluate import ProbeRow
 from editkit.metrics.intervals import Estimate, estimate, estimate_harmonic
 from editkit.metrics.protocol import HIT_SCORERS, ROW_KINDS, SCORERS, EvalProtocol
+from editkit.metrics.routing import routing_table
 
 AGE_BUCKETS = 10
 COUNTERFACT_KINDS = ("reliability", "generalization", "locality_gold")
@@ -110,6 +114,7 @@ def summarise(
         "perplexity": {"before": facts.perplexity_before, "after": facts.perplexity_after},
         "seconds_per_edit": facts.seconds_per_edit,
         "peak_memory_bytes": facts.peak_memory_bytes,
+        "routing": routing_table(final, seed),
         "uncounted": dict(Counter(row["kind"] for row in final if not row["counted"])),
         "protocol": protocol.describe(),
     }

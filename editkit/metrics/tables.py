@@ -76,6 +76,9 @@ def _caption(summary: dict[str, Any]) -> str:
     before, after = summary["perplexity"]["before"], summary["perplexity"]["after"]
     if before is not None and after is not None:
         parts.append(f"perplexity {before:.4g} to {after:.4g}")
+    if rates := summary.get("routing"):
+        told = [f"{name} {_number(cell['value'])}" for name, cell in rates.items()]
+        parts.append("routing: " + ", ".join(told).replace("_", " "))
     if summary["seconds_per_edit"] is not None:
         parts.append(f"{summary['seconds_per_edit']:.3g} s per edit")
     if summary["peak_memory_bytes"] is not None:

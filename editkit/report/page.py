@@ -16,6 +16,7 @@ from editkit.report.load import Run, load_runs
 from editkit.report.tables import Table, all_tables, kinds_of, strictest
 
 REPORT = "report.html"
+SHOWN_WHOLE = ("ability", "harness", "routing", "cost", "conflicts")  # tables, as they are
 
 
 def write_report(
@@ -73,7 +74,7 @@ def render(runs: Sequence[Run], tables: dict[str, Table], compared: Sequence[Com
         runs=runs,
         title=view.title(runs),
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        tables={name: tables.get(name) for name in ("ability", "harness", "cost", "conflicts")},
+        tables={name: tables.get(name) for name in SHOWN_WHOLE},
         index={run.name: i for i, run in enumerate(runs)},
         compared=compared,
         mixed=protocol.mixed_fields(runs),

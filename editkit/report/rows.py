@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from editkit.metrics.routing import routing_table
 from editkit.report import protocol
 from editkit.report.files import Row
 from editkit.report.load import Run
@@ -79,6 +80,14 @@ def abilities(runs: Sequence[Run]) -> Iterable[Row]:
                 if name not in ("edits_seen", "seconds") and is_number:
                     seen = row["edits_seen"]
                     yield {"run": run.name, "edits_seen": seen, "measure": name, "value": value}
+
+
+def routing(runs: Sequence[Run]) -> Iterable[Row]:
+    """Yield where prompts were routed each time all probes were asked; nothing where none are."""
+    for run in runs:
+        for seen, rows in run.asked.items():
+            for name, cell in routing_table(rows).items():
+                yield _row(cell, run, edits_seen=seen, rate=name)
 
 
 def harness(runs: Sequence[Run]) -> Iterable[Row]:

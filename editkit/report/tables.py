@@ -115,6 +115,13 @@ def _of_runs(runs: Sequence[Run]) -> dict[str, Table]:
             rows.harness(runs),
             ("run", "task", "metric", *rows.HARNESS, "questions"),
         ),
+        "routing": _table(
+            "Routing by edits seen",
+            "Edited prompts answered by their own edit; other wordings that no edit, or another "
+            "one, answers; prompts to be left alone that some edit answers.",
+            rows.routing(runs),
+            ("run", "edits_seen", "rate", *rows.ESTIMATE),
+        ),
         "cost": _table("Cost", "Time and memory on the machine of each run.", rows.costs(runs)),
         "conflicts": _table(
             "Conflicts",

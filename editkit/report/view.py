@@ -51,6 +51,7 @@ def sections(runs: Sequence[Run], tables: dict[str, Table]) -> list[tuple[str, s
         ("forgetting", "Forgetting"),
         ("ability", "General ability"),
         *([("breakdown", "Where it works")] if has_axes or "relations" in tables else []),
+        *([("routing", "Routing")] if "routing" in tables else []),
         ("cost", "Cost"),
         ("failed", "Failed probes"),
         *([("conflicts", "Conflicts")] if "conflicts" in tables else []),

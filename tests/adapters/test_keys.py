@@ -16,8 +16,7 @@ def bits():
 def keys(bits):
     """Edits 7, 8, 9 with texts 70, 80, 90; edit 8 also answers to the texts 81 and 82."""
     keys = MaskKeys(2, torch.device("cpu"))
-    for i, edit_id in enumerate((7, 8, 9)):
-        keys.add_slot(bits[i], edit_id, 10 * edit_id)
+    keys.add_slots(bits[:3], [7, 8, 9], [70, 80, 90])
     keys.add_wordings(bits[3:5], 8, [81, 82])
     return keys
 
@@ -31,7 +30,7 @@ def owners(keys, bits_BW):
 
 def test_wordings_open_the_slot_of_their_edit(keys, bits):
     assert owners(keys, bits[:5]) == [(7, 70), (8, 80), (9, 90), (8, 80), (8, 80)]
-    assert [keys.slot_of(text) for text in (70, 80, 90, 81, 5)] == [0, 1, 2, None, None]
+    assert keys.slots_of([70, 80, 90, 81, 5]).tolist() == [0, 1, 2, -1, -1]
 
 
 def test_dropping_an_edit_drops_all_its_keys_and_no_others(keys, bits):
@@ -43,17 +42,24 @@ def test_dropping_an_edit_drops_all_its_keys_and_no_others(keys, bits):
 
 
 def test_a_prompt_edited_again_keeps_slot_mask_and_wordings(keys, bits):
-    keys.add_slot(bits[11], 20, 80)
+    keys.add_slots(bits[[11]], [20], [80])
     assert len(keys) == 5
     assert owners(keys, bits[[1, 3]]) == [(20, 80), (20, 80)]
     assert 8 not in keys.edit_K.tolist()
 
 
 def test_a_wording_that_becomes_a_prompt_belongs_to_the_new_edit(keys, bits):
-    keys.add_slot(bits[3], 20, 81)
+    keys.add_slots(bits[[3]], [20], [81])
     assert owners(keys, bits[[1, 3, 4]]) == [(8, 80), (20, 81), (8, 80)]
     keys.drop(8)
     assert owners(keys, bits[[0, 2, 3]]) == [(7, 70), (9, 90), (20, 81)]
+
+
+def test_a_batch_adds_slots_replaces_answers_and_takes_wordings_at_once(keys, bits):
+    keys.add_slots(bits[[5, 11, 4]], [20, 21, 22], [100, 80, 82])
+    found = owners(keys, bits[[0, 1, 2, 3, 4, 5]])
+    assert found == [(7, 70), (21, 80), (9, 90), (21, 80), (22, 82), (20, 100)]
+    assert keys.text_K.tolist() == [70, 80, 90, 81, 100, 82]
 
 
 def test_a_wording_goes_to_the_newest_edit_unless_it_is_a_prompt(keys, bits):
@@ -64,9 +70,9 @@ def test_a_wording_goes_to_the_newest_edit_unless_it_is_a_prompt(keys, bits):
 
 def test_older_tables_are_left_as_they_were(keys, bits):
     before, copies = keys.tables, [table.clone() for table in keys.tables]
-    keys.add_slot(bits[8], 30, 300)
+    keys.add_slots(bits[[8]], [30], [300])
     keys.drop(7)
-    keys.add_slot(bits[9], 31, 80)
+    keys.add_slots(bits[[9]], [31], [80])
     keys.tables = before
     assert all(torch.equal(a, b) for a, b in zip(keys.tables, copies, strict=True))
 

@@ -36,8 +36,8 @@ def store(layer, x_BTF, prompt_BT, seed=3):
     columns = layer.columns(mask_BW)
     values_DC = torch.randn(columns.values_DC.shape, generator=torch.Generator().manual_seed(seed))
     layer.write(columns.used_C, values_DC)
-    for i, mask_W in enumerate(mask_BW):
-        layer.keys.add_slot(mask_W, i, 100 + i)
+    rows = range(len(mask_BW))
+    layer.keys.add_slots(mask_BW, rows, [100 + i for i in rows])
     return columns
 
 
@@ -161,7 +161,7 @@ def test_calibration_follows_the_keys_and_says_what_it_lets_through(make):
     x_BTF, prompt_BT = prompts(rows=60)
     mask_BW, taus = layer.masks(x_BTF, prompt_BT), []
     for i, mask_W in enumerate(mask_BW):
-        layer.keys.add_slot(mask_W, i, i)
+        layer.keys.add_slots(mask_W[None], [i], [i])
         rate = layer.calibrate(mask_W[None])
         answered = layer.route_masks(layer.quiet_NW).slot_B >= 0
         assert rate == pytest.approx(float(answered.float().mean()))
@@ -197,7 +197,7 @@ def test_the_newest_write_is_taken_back_bit_for_bit_once(make):
     mask_BW = layer.masks(x_BTF, prompt_BT)
     columns = layer.columns(mask_BW)
     layer.write(columns.used_C, columns.values_DC + 1, shrink=0.9)
-    layer.keys.add_slot(mask_BW[0], 9, 900)
+    layer.keys.add_slots(mask_BW[:1], [9], [900])
     assert layer.take_back()
     after = layer.edit_state()
     assert all(torch.equal(after[name], value) for name, value in before.items())

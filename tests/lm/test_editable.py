@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -144,6 +146,23 @@ def test_layers_are_proposed_by_depth_as_the_papers_chose():
     assert propose_memory_layer(32) == 27
     assert propose_causal_layers(1) == [0]
     assert propose_memory_layer(1) == 0
+
+
+def test_a_model_folder_may_say_where_it_recalls(tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("llama"), folder)
+    facts = folder / "editkit.json"
+    facts.write_text('{"causal_layers": [1, 3]}')
+    lm = EditableLM.load(LMSpec(id=str(folder)))
+    assert (lm.causal_layers, lm.memory_layer) == ([1, 3], propose_memory_layer(4))
+    assert EditableLM.load(LMSpec(id=str(folder), causal_layers=[0])).causal_layers == [0]
+    for text, error in (
+        ('{"layers": [1]}', "may hold causal_layers"), ("{", "is not JSON"),
+        ('{"causal_layers": [7]}', r"layer 7 is not in 0\.\.3"),
+    ):  # fmt: skip
+        facts.write_text(text)
+        with pytest.raises(ValueError, match=error):
+            EditableLM.load(LMSpec(id=str(folder)))
 
 
 def test_wrong_layers_and_sites_are_refused_in_words(tiny):

@@ -17,8 +17,8 @@ from editkit.edits import Edit, Probe
 from editkit.lm.spec import LMSpec
 from editkit.methods.base import UndoError
 from editkit.methods.memoir import MEMOIR
-from editkit.methods.memory import routing_rates
 from editkit.metrics.protocol import EvalProtocol
+from editkit.metrics.routing import routing_rates
 
 SMALL = {"background": 8, "held_out": 40}
 OTHERS = ["he works for Rome", "Question : where lives Elda ? Answer :", "a small town", "she"]
@@ -277,8 +277,11 @@ def test_a_prompt_edited_again_has_one_answer(make, edits):
     assert len(lm.method.memory.keys) == keys
     assert lm.method.held == [1, 2, 3, 4]
     assert answered(lm, [edits[0].prompt, edits[0].rephrases[0]]) == [4, 4]
+    assert [entry["edit_id"] for entry in lm.edits] == [1, 2, 3, 4]
     with pytest.raises(UndoError, match="edited again"):
         lm.undo(0)
+    lm.undo(2)
+    assert [entry["target"] for entry in lm.edits] == [edits[1].target, edits[3].target, "Paris"]
 
 
 @pytest.mark.filterwarnings("ignore:edit")
@@ -337,10 +340,32 @@ def test_k_is_a_share_or_a_number_of_columns(make, k, columns):
     assert make(k=k).method.memory.k == columns
 
 
-@pytest.mark.parametrize("wrong", [{"k": 1.5}, {"k": 0}, {"steps": 0}])
+@pytest.mark.parametrize("wrong", [{"k": 1.5}, {"k": 0}, {"steps": 0}, {"shield": -1.0}])
 def test_wrong_constants_are_told(make, wrong):
     with pytest.raises(ValueError, match=r"k is .* steps is"):
         make(**wrong)
+
+
+# what the paper lacks: earlier edits are shielded
+
+
+@pytest.mark.filterwarnings("ignore:edit")
+def test_a_shielded_prompt_is_edited_again_as_if_it_were_not(make, edits, tmp_path):
+    lm = make(shield=100.0)
+    lm.edit_batch(edits)
+    state = {k: v.clone() for k, v in lm.method.memory.edit_state().items()}
+    again = [Edit(4, edits[0].prompt, "Paris")]
+    lm.save(tmp_path / "run")
+    loaded = editkit.load_edited(tmp_path / "run")
+    numbers = [each.edit_batch(again) for each in (lm, loaded)]
+    assert numbers[0]["loss_after"] < numbers[0]["loss_before"] - 1
+    assert torch.equal(memory(lm), memory(loaded))
+    loaded.method.shield = 0.0
+    lm.undo(4)
+    assert all(torch.equal(lm.method.memory.edit_state()[k], v) for k, v in state.items())
+    lm.method.shield = 0.0
+    lm.edit_batch([Edit(5, edits[0].prompt, "Paris")])
+    assert torch.equal(memory(lm), memory(loaded))
 
 
 # ablations, on a model that knows something
@@ -386,3 +411,22 @@ def test_ablations_lose_what_the_paper_says_they_lose(world, routing, rel, gen, 
     else:
         assert share("locality") > loc - 0.1
         assert (rates["self_match"] == 1) == (rel == 1)
+
+
+def test_later_edits_move_shielded_ones_less_and_are_taken_as_well(world):
+    moved = []
+    for shield in (0.0, 10.0):
+        method = MEMOIR(
+            lm=LMSpec(),
+            evaluation=EvalProtocol(),
+            prefixes=[],
+            shield=shield,
+            routing=Routing(fingerprint="last", background=20, held_out=0),
+        )
+        lm = EditedLM(method)
+        lm.edit_batch(world.edits[:6])
+        before = method.edit_losses(world.edits[:6])
+        lm.edit_batch(world.edits[6:])
+        assert method.edit_losses(world.edits[6:]).max() < 0.1
+        moved.append(float((method.edit_losses(world.edits[:6]) - before).abs().sum()))
+    assert moved[1] < 0.5 * moved[0]

@@ -133,6 +133,22 @@ def test_conflicts_and_harness_scores_are_shown_where_they_are(make_run, tmp_pat
     assert "0.125" in text
 
 
+def test_routing_is_shown_where_rows_were_routed(make_run, tmp_path):
+    folder = make_run("a")
+    assert 'id="routing"' not in write_report([folder], tmp_path / "out.html").read_text()
+    rows = make_run.read(folder)
+    for row in rows:  # every other edit is answered by the edit before it
+        row["route"] = {"edit_id": row["edit_id"] - row["edit_id"] % 2, "match": 1.0}
+    make_run.write(folder, rows)
+    text = write_report([folder], tmp_path / "out.html", tables=tmp_path).read_text()
+    assert 'id="routing"' in text
+    table = (tmp_path / "routing.csv").read_text().splitlines()
+    told = [line.split(",")[:4] for line in table]
+    assert ["a", "20", "self_match", "0.5"] in told
+    assert ["a", "20", "wrong_route", "0.5"] in told
+    assert ["a", "1", "self_match", "1.0"] in told
+
+
 def test_too_many_failed_probes_are_thinned_and_counted(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(view, "MOST_FAILED", 20)
     folder = make_run("a", right=0.0)

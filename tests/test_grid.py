@@ -1,0 +1,56 @@
+"""What `experiments/grid.py` says of the drift of runs with a queue."""
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+
+from editkit.functional.queue import START, QueueSettings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+import grid
+
+
+def save_run(folder, losses_L, D=2.0):
+    """Write the numbers of a run with one queue a layer, as a run logs them."""
+    folder.mkdir()
+    queues, rows = dict.fromkeys(losses_L, START), []
+    for batch in zip(*losses_L.values(), strict=True):
+        row = {"edits": len(rows), "edit/loss_after": 0.1}
+        for layer, loss in zip(losses_L, batch, strict=True):
+            queues[layer] = queues[layer].after(loss, 1, QueueSettings(D=D))
+            row |= {f"edit/kappa/{layer}": queues[layer].kappa, f"edit/PL_per_D/{layer}": loss / D}
+        rows += [row, {"edits": len(rows), "edit/loss_after": ""}]  # a row of scores has no queue
+    with (folder / "metrics.csv").open("w") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def test_the_largest_mean_drift_stands_beside_its_bound(tmp_path):
+    one = save_run(tmp_path / "a", {0: [1.0, 1.0, 2.0, 2.0], 3: [2.0, 4.0, 6.0, 4.0]})
+    other = save_run(tmp_path / "b", {0: [2.0, 2.0, 2.0, 2.0], 3: [3.0, 3.0, 3.0, 3.0]})
+    found = grid.drift([one, other])
+    assert found["mean"] == pytest.approx(2.0)  # layer 3 of the first: 16 / 4 batches / 2
+    assert found["kappa"] == pytest.approx(1 + 0 + 1 + 2 + 1)
+    assert found["bound"] == pytest.approx(1 + (5 - 1) / 4)
+    assert (found["holds"], found["sites"]) == (True, 4)
+    (line,) = grid.drift_lines({"LyapLock": {"drift": found}, "MEMIT": {"drift": None}})
+    assert line == (
+        "LyapLock: largest mean PL / D 2.000, its bound 2.000, largest final kappa 5.0; the bound "
+        "holds at all 4 layers of all seeds."
+    )
+
+
+def test_a_broken_bound_is_said(tmp_path):
+    run = save_run(tmp_path / "a", {0: [2.0, 4.0, 6.0]})
+    text = (run / "metrics.csv").read_text()
+    (run / "metrics.csv").write_text(text.replace("4.0,3.0", "1.0,3.0"))  # a kappa cut short
+    assert "is BROKEN" in grid.drift_lines({"x": {"drift": grid.drift([run])}})[0]
+
+
+def test_a_run_without_a_queue_has_no_drift(tmp_path):
+    (tmp_path / "metrics.csv").write_text("edits,edit/loss_after\n0,0.1\n")
+    assert grid.drift([tmp_path]) is None
