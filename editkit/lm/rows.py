@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from editkit.functional.losses import target_nll
 from editkit.lm.blocks import tap, tokens_at
 from editkit.lm.editable import EditableLM
 from editkit.lm.sites import Site
-from editkit.lm.tokens import Tokens
+from editkit.lm.tokens import Padding, Tokens
 from editkit.lm.trace import change
 from editkit.parallel import ranks_of
 
@@ -90,6 +91,7 @@ class SiteRows:
         prompts: One text per row.
         targets: Answer per row.
         append_eos: Close each target with EOS.
+        padding: Side to pad on.
 
     Raises:
         ValueError: As `EditableLM.encode` does.
@@ -103,11 +105,12 @@ class SiteRows:
         prompts: list[str],
         targets: list[str],
         append_eos: bool = False,
+        padding: Padding = "right",
     ) -> None:
         self.lm = lm
         self.site = site
         self.adds_up = adds_up
-        self.tokens = lm.encode(prompts, targets, append_eos=append_eos)
+        self.tokens = lm.encode(prompts, targets, padding=padding, append_eos=append_eos)
         self.ranks = ranks_of(lm.model)
         self._share_out()
         with lm.unedited():
@@ -122,14 +125,57 @@ class SiteRows:
         self.own = _part(self.tokens, self.ranks.own(len(self.tokens.ids_BT)))
         self.partly = partly_needed(self.lm, self.site.layer + 1, self.own)
 
+    def __len__(self) -> int:
+        return len(self.hidden_BTH)
+
+    def columns(self, rows: Tensor) -> Tensor:
+        """Return the tokens, bool [T], that `at` leaves of some rows (int64): up to the longest."""
+        return self.tokens.mask_BT[rows].any(0)
+
+    def at(self, rows: Tensor) -> SiteRows:
+        """Return these rows (int64), in their order; nothing runs again."""
+        part, columns_T = copy(self), self.columns(rows)
+        part.tokens = self.tokens.rows(rows)
+        part._share_out()
+        part.inputs_BTF = self.inputs_BTF[rows][:, columns_T]
+        part.hidden_BTH = self.hidden_BTH[rows][:, columns_T]
+        return part
+
+    @classmethod
+    def stored(
+        cls, lm: EditableLM, site: Site, adds_up: bool, tokens: Tokens, *states_BT: Tensor
+    ) -> SiteRows:
+        """Return rows whose `inputs_BTF` and `hidden_BTH` are known already."""
+        rows = cls.__new__(cls)
+        rows.lm, rows.site, rows.adds_up, rows.tokens = lm, site, adds_up, tokens
+        rows.ranks = ranks_of(lm.model)
+        rows._share_out()
+        rows.inputs_BTF, rows.hidden_BTH = states_BT
+        return rows
+
     def losses(self, added_BTD: Tensor) -> Tensor:
         """Return each row's mean target NLL, nats [B], with `added_BTD` added to the site's output.
 
         Gradients reach `added_BTD`.
         """
-        lm, tokens, rows = self.lm, self.own, len(added_BTD)
+        logits_NV, tokens = self._own_logits(added_BTD), self.own
+        own_B = target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
+        return self.ranks.gather(own_B, len(added_BTD))
+
+    @torch.no_grad()
+    def hits(self, added_BTD: Tensor) -> Tensor:
+        """Return the share of each row's target tokens that come out likeliest, fp32 [B]."""
+        tokens = self.own
+        right_N = (self._own_logits(added_BTD).argmax(-1) == tokens.target_ids_N).float()
+        size_B = tokens.target_BT.sum(1)
+        found_B = right_N.new_zeros(len(size_B)).index_add(0, tokens.target_rows_N, right_N)
+        return self.ranks.gather(found_B / size_B, len(added_BTD))
+
+    def _own_logits(self, added_BTD: Tensor) -> Tensor:
+        """Return fp32 logits [N, V] that predict the target tokens of this device's rows."""
+        lm, tokens = self.lm, self.own
+        own_BTH = self.hidden_BTH[self.ranks.own(len(added_BTD))]
         added_BTD = self.ranks.scatter(added_BTD)
-        own_BTH = self.hidden_BTH[self.ranks.own(rows)]
         with ExitStack() as stack:
             stack.enter_context(lm.unedited())
             if self.adds_up:
@@ -141,9 +187,7 @@ class SiteRows:
                 stack.enter_context(change(lm.model, add))
             for module, flat_N in self.partly:
                 stack.enter_context(tokens_at(module, flat_N, spread=True))
-            logits_NV = lm.target_logits(tokens, above, hidden_BTH)
-        own_B = target_nll(logits_NV, tokens.target_ids_N, tokens.target_rows_N, len(tokens.ids_BT))
-        return self.ranks.gather(own_B, rows)
+            return lm.target_logits(tokens, above, hidden_BTH)
 
 
 def _part(tokens: Tokens, rows: slice) -> Tokens:
@@ -187,10 +231,13 @@ def run_to_site(lm: EditableLM, site: Site, tokens: Tokens) -> tuple[Tensor, Ten
 def adds_up(lm: EditableLM, site: Site) -> bool:
     """Whether what is added to a site's output leaves its block as it was added.
 
-    So it is in every block that sums its parts; a norm behind the site (Gemma-2) prevents it.
+    So it is at the end of every part that a block sums up; a norm behind the site (Gemma-2)
+    prevents it, or an activation.
     """
     tokens = lm.encode(["What is added up?"])
     before_BTH = run_to_site(lm, site, tokens)[1].float()
+    if site.out_features != before_BTH.shape[-1]:
+        return False
     added_BTH = before_BTH.roll(1, dims=-1)
     with change(lm.model, {site.path: lambda y_BTD: y_BTD + added_BTH.to(y_BTD)}):
         after_BTH = run_to_site(lm, site, tokens)[1].float()

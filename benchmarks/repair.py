@@ -1,0 +1,439 @@
+"""What REPAIR costs an edit and a prompt, against the plain per-edit loop, at what quality.
+
+One run measures, in fp32 on a CPU and on fact-world's edits:
+
+- editing: seconds an edit of REPAIR, one edit at a time and a window at a time, and of the plain
+  loop: one edit at a time; all blocks and the head on all rows and tokens at every step; a dense
+  side memory; shards of 5 edits, TIES of 3 shards. All three have the same equations and constants;
+  what they made is asked by the same probes, on a random Llama of 12 blocks (layer 9) and on the
+  packaged model, whose answers mean something;
+- routing: what 66 pools add to a forward pass, and what a Python loop over them takes.
+
+    python benchmarks/repair.py                  # about 20 minutes on a quiet core
+    python benchmarks/repair.py --quick          # a smoke test
+    python benchmarks/repair.py --only routing --out repair.json
+
+Times are wall-clock; CPU seconds and the machine's load stand beside them, for a busy machine makes
+wall-clock times worthless. Ratios are of CPU seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from editkit.data.factworld import FactWorld
+from editkit.edits import Edit
+from editkit.functional.losses import activation_margins
+from editkit.functional.merge import ties_merge
+from editkit.functional.routing import mean_norms
+from editkit.lm.editable import EditableLM
+from editkit.lm.spec import LMSpec
+from editkit.methods.artefact import build_method
+from editkit.methods.repair import REPAIR
+from editkit.methods.shards import Mask, Shards
+from editkit.methods.side import SideEdit
+from editkit.methods.wise import WISE
+from editkit.metrics.protocol import EvalProtocol
+
+MID_SIZE = {
+    "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
+    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+LAYERS = {"mid-size": 9, "factworld": 4}
+POOLS = 66  # of 1,000 edits in windows of 15
+PER_POOL = 3  # prompts that a made-up pool moves
+KINDS = ("reliability", "generalization", "locality")
+SCORERS = ("token_accuracy", "generation")
+REPAIR_YAML = Path(__file__).parents[1] / "experiments" / "method" / "repair.yaml"
+console = Console()
+
+
+class Seconds:
+    """Wall-clock and CPU seconds of a stretch of work."""
+
+    def __enter__(self) -> Seconds:
+        self._start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wall = time.perf_counter() - self._start[0]
+        self.cpu = time.process_time() - self._start[1]
+
+
+def save_model(folder: Path) -> str:
+    """Save the random model with fact-world's tokenizer and corpus."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**MID_SIZE)).save_pretrained(folder)
+    packaged = EditableLM.load(LMSpec())
+    packaged.tokenizer.save_pretrained(folder)
+    shutil.copy(Path(packaged.spec.path) / "corpus.txt", folder)
+    return str(folder)
+
+
+def start(cls: type[SideEdit], model: str, layer: int, mask: str) -> Any:
+    """Return a fresh method with REPAIR's own constants, as far as the class takes them."""
+    config = yaml.safe_load(REPAIR_YAML.read_text())["init_args"]
+    config["shards"]["mask"] = mask
+    own = {"shards", "margins", "routing", "fitting"} if cls is WISE else set(config)
+    method = build_method(
+        f"{cls.__module__}.{cls.__name__}", lm=LMSpec(id=model),
+        evaluation=EvalProtocol(batch_size=64, max_new_tokens=20), layer=layer,
+        **{name: value for name, value in config.items() if name in own},
+    )  # fmt: skip
+    method.start()
+    return method
+
+
+# editing
+
+
+class PlainLoop:
+    """WISE's equations without any of the shortcuts, on the base model of a method.
+
+    Args:
+        method: Where prefixes, unrelated texts and the unit of scores come from.
+    """
+
+    def __init__(self, method: WISE) -> None:
+        self.method = method
+        method.memory.enabled = False
+        self.fitting, self.margins, self.shards = method.fitting, method.margins, method.shards
+        self.model, self.site = method.lm.model, method.memory.base_layer
+        self.shard_DF = torch.zeros(method.memory.shape_oi)
+        self.gate_DF = self._draw()
+        self.closed: list[Tensor] = []
+        self.pools: list[tuple[Tensor, float, list[Edit]]] = []
+        self.members: list[Edit] = []
+
+    def edit(self, edit: Edit) -> None:
+        """Train the open shard on one edit; close and merge when it is time."""
+        method = self.method
+        fronts = ["", *(f"{context} " for context in method.contexts or [])]
+        others = [text.rpartition(" ") for text in edit.negatives[: self.fitting.irrelevant]]
+        tokens = method.lm.encode(
+            [*(front + edit.prompt for front in fronts), *(head for head, _, _ in others)],
+            [edit.target] * len(fronts) + [tail for _, _, tail in others],
+        )
+        n = len(fronts)
+        labels_BT = tokens.ids_BT.masked_fill(~tokens.target_BT, -100)[:, 1:]
+        leaf_DF = self.shard_DF.clone().requires_grad_()
+        optimizer = torch.optim.SGD([leaf_DF], lr=self.fitting.lr)
+        for _ in range(self.fitting.steps):
+            logits_BTV, change_BTD = self._run(tokens, leaf_DF)
+            nll = cross_entropy(
+                logits_BTV[:, :-1].flatten(0, 1), labels_BT.flatten(), reduction="none"
+            )
+            rows = nll.view(labels_BT.shape).sum(1) / tokens.target_BT.sum(1)
+            score_B = mean_norms(change_BTD, tokens.prompt_BT) / method.unit
+            margins = activation_margins(
+                score_B[None, :n], score_B[None, n:],
+                self.margins.outside, self.margins.inside, self.margins.apart,
+            )  # fmt: skip
+            loss = rows[:n].mean() + self.margins.weight * margins[0]
+            if float(loss.detach()) <= self.fitting.stop_below:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            leaf_DF.grad *= self.gate_DF
+            optimizer.step()
+            with torch.no_grad():
+                leaf_DF.clamp_(-self.fitting.clamp, self.fitting.clamp)
+        self.shard_DF = leaf_DF.detach()
+        self.members.append(edit)
+        if len(self.members) % self.shards.save == 0:
+            self._close()
+
+    def finish(self) -> None:
+        """Merge what is left."""
+        if self.members and len(self.members) % self.shards.save:
+            self._close()
+        if self.closed:
+            self._merge()
+
+    @torch.no_grad()
+    def route(self, prompt: str) -> int:
+        """Return the pool that a prompt finds, asking one after another; -1 for none."""
+        best, found = 1.0, -1
+        for p, (delta_DF, floor, _) in enumerate(self.pools):
+            ratio = self._score(prompt, delta_DF) / (self.method.routing.act_ratio * floor)
+            if ratio > best:
+                best, found = ratio, p
+        return found
+
+    @torch.no_grad()
+    def hand_over(self, method: WISE) -> WISE:
+        """Put the pools into a method, so that they are asked as its own would be."""
+        for delta_DF, floor, members in self.pools:
+            pool = method.memory.write(None, delta_DF)
+            method.memory.pools.floor_P[pool] = floor
+            method.memory.pools.open_P[pool] = False
+            method.enrol(members, pool)
+        method.edits_seen = len(method.made)
+        return method
+
+    def _run(self, tokens: Any, leaf_DF: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the whole model; return all logits, and what the shard adds to the output."""
+        seen: list[Tensor] = []
+
+        def put(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            seen.append(linear(args[0], leaf_DF))
+            return out + seen[0]
+
+        handle = self.site.register_forward_hook(put)
+        logits_BTV = self.model(
+            input_ids=tokens.ids_BT, attention_mask=tokens.mask_BT.long(), use_cache=False
+        ).logits
+        handle.remove()
+        return logits_BTV, seen[0]
+
+    @torch.no_grad()
+    def _score(self, prompt: str, delta_DF: Tensor) -> float:
+        tokens = self.method.lm.encode([prompt])
+        return float(mean_norms(self._run(tokens, delta_DF)[1], tokens.prompt_BT))
+
+    def _draw(self) -> Tensor:
+        shards = Shards(self.shards.density)
+        shape, seed = self.method.memory.shape_oi, self.method.draw_seed()
+        gate_DF = Mask.draw(shape, shards, seed, torch.device("cpu")).gate_DC
+        assert gate_DF is not None
+        return gate_DF
+
+    def _close(self) -> None:
+        self.closed.append(self.shard_DF)
+        self.shard_DF, self.gate_DF = torch.zeros_like(self.shard_DF), self._draw()
+        if len(self.closed) * self.shards.save >= self.shards.merge:
+            self._merge()
+
+    def _merge(self) -> None:
+        delta_DF = ties_merge(torch.stack(self.closed), density=self.shards.keep)
+        floor = min(self._score(edit.prompt, delta_DF) for edit in self.members)
+        self.pools.append((delta_DF, floor, self.members))
+        self.closed, self.members = [], []
+
+
+def measure_editing(name: str, model: str, count: int, mask: str) -> dict[str, Any]:
+    """Edit the same stream by the plain loop, one at a time, and by windows; score all three."""
+    data = FactWorld(limit=count)
+    data.setup()
+    edits, layer = list(data.edits), LAYERS[name]
+    lines: list[dict[str, Any]] = []
+
+    def note(label: str, took: Seconds, method: WISE) -> None:
+        line = {"what": label, "s/edit": took.wall / count, "CPU s/edit": took.cpu / count}
+        method.score_unedited(data.probes)
+        line |= {"pools": len(method.memory.pools), **quality(method.score(data.probes))}
+        line["speedup"] = lines[0]["CPU s/edit"] / line["CPU s/edit"] if lines else 1.0
+        lines.append(line)
+        console.print(line)
+
+    plain = PlainLoop(start(WISE, model, layer, "elementwise"))
+    with Seconds() as took:
+        for edit in edits:
+            plain.edit(edit)
+        plain.finish()
+    handed = plain.hand_over(start(WISE, model, layer, "elementwise"))
+    note("plain loop", took, handed)
+    prompts = [e.prompt for e in edits]
+    slots = [handed.memory.route(*pair).slot_B for pair in handed.inputs(prompts)]
+    looped = [plain.route(prompt) for prompt in prompts]
+    assert torch.cat(slots).tolist() == looped, "loop and product over pools route differently"
+    for label, size in (("REPAIR, one at a time", 1), ("REPAIR, by windows", handed.shards.merge)):
+        method = start(REPAIR, model, layer, mask)
+        with Seconds() as took:
+            for i in range(0, count, size):
+                method.apply_edits(edits[i : i + size])
+            method.finish()
+        note(label, took, method)
+    return {"model": name, "edits": count, "lines": lines}
+
+
+def quality(rows: list[Any]) -> dict[str, float]:
+    """Return the mean scores by kind and scorer."""
+    found = {}
+    for kind in KINDS:
+        mine = [row["scores"] for row in rows if row["kind"] == kind]
+        for scorer in SCORERS:
+            found[f"{kind[:3]} {scorer[:3]}"] = sum(s[scorer] for s in mine) / len(mine)
+    return found
+
+
+# routing
+
+
+@torch.no_grad()
+def fill(method: WISE, edits: list[Edit]) -> None:
+    """Make pools as wide as merged ones, each of which moves its own prompts and hardly others."""
+    generator = torch.Generator().manual_seed(0)
+    memory = method.memory
+    out, inputs = memory.shape_oi
+    shards = method.shards
+    width = round((1 - (1 - shards.density) ** (shards.merge // shards.save)) * inputs)
+    found = [pair for edit in edits for pair in method.inputs([edit.prompt])]
+    mean_EF = torch.stack([x_BTF[0].mean(0) for x_BTF, _ in found])
+    apart_EF = mean_EF - mean_EF.mean(0)
+    for start in range(0, len(edits), PER_POOL):
+        own = slice(start, start + PER_POOL)
+        columns_C = torch.randperm(inputs, generator=generator)[:width].sort().values
+        keys_EC = apart_EF[own][:, columns_C]
+        unit = method.unit / out**0.5
+        moves_DE = torch.randn(out, len(keys_EC), generator=generator) * unit
+        noise_DC = torch.randn(out, width, generator=generator)
+        noise_DC *= method.margins.outside * unit / mean_EF[own][:, columns_C].norm(dim=1).mean()
+        delta_DC = moves_DE @ torch.linalg.pinv(keys_EC.T) + noise_DC
+        pool = memory.write(None, delta_DC, columns_C)
+        memory.pools.open_P[pool] = False
+        floor = min(float(memory.scores(*pair, [pool])) for pair in found[own])
+        memory.pools.floor_P[pool] = floor
+        method.enrol(edits[own], pool)
+
+
+@torch.no_grad()
+def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
+    """Time forward passes with and without the pools in turns, and the loop over pools."""
+    data = FactWorld(limit=pools * PER_POOL)
+    data.setup()
+    edits = list(data.edits)
+    method = start(REPAIR, model, LAYERS["mid-size"], "columns")
+    fill(method, edits)
+    memory, lm = method.memory, method.lm
+    pairs = [pair for e in edits for pair in method.inputs([e.prompt])]
+    found = [int(memory.route(*pair).slot_B) for pair in pairs]
+    exact = [int((memory.scores(*p) / memory.threshold_P).argmax()) for p in pairs]
+    delta_PDF = memory.pools.dense(list(range(pools)))
+
+    def loop() -> int:
+        x_BTF, prompt_BT = pairs[0]
+        scores = [float(mean_norms(linear(x_BTF, d_DF), prompt_BT)) for d_DF in delta_PDF]
+        return scores.index(max(scores))
+
+    memory.pools.floor_P *= 1e6  # nothing matches
+    lines, texts = [], " ".join(e.prompt for e in edits).split()
+    for rows, words in ((1, 12), (8, 32), (64, 32)):
+        tokens = lm.encode([" ".join(texts[i : i + words]) for i in range(rows)])
+        with lm.unedited():
+            base_BTV = lm(tokens)
+        assert torch.equal(lm(tokens), base_BTV), "pools without a match changed something"
+        line = compare(lm, lambda tokens=tokens: lm(tokens), repeats)
+        lines.append({"what": f"pass of {rows} x {tokens.ids_BT.shape[1]} tokens", **line})
+    prompts = [e.prompt for e in edits[:8]]
+    line = compare(lm, lambda: lm.generate(prompts, max_new_tokens=16), max(1, repeats // 4))
+    lines.append({"what": "decoding 8 rows, 16 tokens", **line})
+    looped, routed = least(loop, repeats), least(lambda: memory.route(*pairs[0]), repeats)
+    agreed = sum(a == b for a, b in zip(found, exact, strict=True))
+    return {
+        "pools": pools, "lines": lines,
+        "same as if all were scored exactly": agreed / len(found),
+        "ms a prompt, loop over pools": 1e3 * looped, "ms a prompt, here": 1e3 * routed,
+    }  # fmt: skip
+
+
+def compare(lm: EditableLM, work: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Time some work with the memory and without, alternating; the least of each counts."""
+    with_memory, without = [], []
+    for _ in range(repeats + 1):
+        with Seconds() as took:
+            work()
+        with_memory.append(took.cpu)
+        with lm.unedited(), Seconds() as took:
+            work()
+        without.append(took.cpu)
+    edited, base = min(with_memory), min(without)
+    return {"ms": 1e3 * edited, "ms, unedited": 1e3 * base, "overhead": edited / base - 1}
+
+
+def least(work: Callable[[], Any], repeats: int) -> float:
+    """Return the least CPU seconds of some runs."""
+    found = []
+    for _ in range(repeats + 1):
+        with Seconds() as took:
+            work()
+        found.append(took.cpu)
+    return min(found)
+
+
+# the command line
+
+
+def show(title: str, lines: list[dict[str, Any]]) -> None:
+    """Print rows of one kind as a table."""
+    table = Table(title=title)
+    for name in lines[0]:
+        table.add_column(name, justify="left" if isinstance(lines[0][name], str) else "right")
+    for line in lines:
+        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
+    console.print(table)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    return {
+        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg(),
+    }  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--edits", type=int, default=30, help="edits of the stream")
+    parser.add_argument("--pools", type=int, default=POOLS, help="pools to route among")
+    parser.add_argument("--repeats", type=int, default=30, help="runs of which a time is taken")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument("--models", choices=list(LAYERS), nargs="+", default=list(LAYERS))
+    parser.add_argument("--mask", choices=["elementwise", "columns"], default="elementwise")
+    parser.add_argument("--only", choices=["editing", "routing"], nargs="+")
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
+    args = parser.parse_args()
+    if args.quick:
+        args.edits, args.pools, args.repeats = 2, 4, 1
+    return args
+
+
+def main() -> None:
+    """Run the sections asked for."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    asked = args.only or ["editing", "routing"]
+    report: dict[str, Any] = {"before": machine(args.threads)}
+    with tempfile.TemporaryDirectory() as folder:
+        model = save_model(Path(folder))
+        if "editing" in asked:
+            report["editing"] = []
+            for name in args.models:
+                path = model if name == "mid-size" else name
+                found = measure_editing(name, path, args.edits, args.mask)
+                report["editing"].append(found)
+                show(f"{name}, {args.edits} edits", found["lines"])
+        if "routing" in asked:
+            report["routing"] = measure_routing(model, args.pools, args.repeats)
+            show(f"{args.pools} pools, none of which matches", report["routing"]["lines"])
+            console.print({k: v for k, v in report["routing"].items() if k != "lines"})
+    report["after"] = machine(args.threads)
+    console.print(report["before"], report["after"])
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

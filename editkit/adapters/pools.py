@@ -1,0 +1,223 @@
+"""Pools: weight changes of one matrix side by side, with the edits that live in each.
+
+A change is kept at all inputs of the matrix or, where it was trained on a subset of them, at those
+only. Products with all pools, and with one pool for each row, are single batched products.
+
+Legend: D layer output, F layer input, C kept inputs of a pool, P pools, M edits, B rows, R rows
+with a pool each, T tokens, S directions of the projection, G distinct pools, m rows of one pool.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from editkit.adapters.base import fit_to
+
+
+class Pools(nn.Module):
+    """Weight changes, none at first, fp32.
+
+    Args:
+        shape_oi: Width of the matrix' output and input.
+        width: Inputs that a change keeps; all of them keeps every change whole.
+        directions: Directions in which each change is kept a second time, to rank; 0 keeps none.
+        device: Where to keep them.
+    """
+
+    deltas: nn.Parameter
+    columns_PC: Tensor
+    floor_P: Tensor
+    outer_P: Tensor
+    open_P: Tensor
+    name_P: Tensor
+    named: Tensor
+    edit_M: Tensor
+    home_M: Tensor
+    sketch_PSF: Tensor
+    draw_SD: Tensor
+
+    def __init__(
+        self, shape_oi: tuple[int, int], width: int, directions: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        out, self.inputs = shape_oi
+        self.is_whole = width == self.inputs
+        blank = torch.zeros(0, device=device, dtype=torch.float32)
+        index = torch.zeros(0, device=device, dtype=torch.long)
+        self.deltas = nn.Parameter(blank.new_zeros(0, out, width))
+        self.register_buffer("columns_PC", index.new_zeros(0, width))
+        self.register_buffer("floor_P", blank.clone())  # smallest score among a pool's own edits
+        self.register_buffer("outer_P", blank.clone())  # largest score known of other edits
+        self.register_buffer("open_P", blank.bool())
+        self.register_buffer("name_P", index.clone())  # a pool's number, never given again
+        self.register_buffer("named", torch.zeros((), device=device, dtype=torch.long))
+        self.register_buffer("edit_M", index.clone())
+        self.register_buffer("home_M", index.clone())
+        seeded = torch.Generator().manual_seed(0)
+        draw_SD = torch.randn(directions, out, generator=seeded, dtype=torch.float32)
+        self.register_buffer("draw_SD", draw_SD.to(device), persistent=False)
+        sketch_PSF = blank.new_zeros(0, directions, self.inputs)
+        self.register_buffer("sketch_PSF", sketch_PSF, persistent=False)
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    @property
+    def width(self) -> int:
+        """Inputs C that each change has room for."""
+        return self.deltas.shape[2]
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """All there is to the pools, as it is now; setting it goes back, but for used names."""
+        own = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        return {**own, "deltas": self.deltas.data}
+
+    @tables.setter
+    def tables(self, tables: dict[str, Tensor]) -> None:
+        for name, table in tables.items():
+            if name == "deltas":
+                self.deltas.data = table
+            elif name != "named":
+                setattr(self, name, table)
+
+    # products
+
+    def stacked(self, x_BTF: Tensor, pools: list[int] | None = None) -> Tensor:
+        """Return what all pools (or some) add to the output, fp32 [B, T, P, D]."""
+        picked = slice(None) if pools is None else pools
+        deltas_PDC = self.deltas.detach()[picked]
+        many, out, _ = deltas_PDC.shape
+        if self.is_whole:
+            flat_BTN = F.linear(x_BTF.float(), deltas_PDC.flatten(0, 1))
+            return flat_BTN.view(*x_BTF.shape[:2], many, out)
+        x_PNC = x_BTF.flatten(0, 1).float()[:, self.columns_PC[picked]].transpose(0, 1)
+        change_PND = x_PNC @ deltas_PDC.transpose(1, 2)
+        return change_PND.transpose(0, 1).reshape(*x_BTF.shape[:2], many, out)
+
+    def grouped(self, x_RTF: Tensor, slot_R: Tensor) -> Tensor:
+        """Return what each row's own pool adds to the output, fp32 [R, T, D]."""
+        slot_G, group_R, count_G = slot_R.unique(return_inverse=True, return_counts=True)
+        order_R = group_R.argsort(stable=True)
+        place_R = torch.empty_like(order_R)
+        start_G = count_G.cumsum(0) - count_G
+        place_R[order_R] = torch.arange(len(order_R), device=x_RTF.device)
+        place_R -= start_G[group_R]
+        x_RTC = x_RTF.float()
+        if not self.is_whole:
+            columns_RTC = self.columns_PC[slot_R][:, None].expand(-1, x_RTF.shape[1], -1)
+            x_RTC = x_RTC.gather(2, columns_RTC)
+        padded = x_RTC.new_zeros(len(slot_G), int(count_G.max()), *x_RTC.shape[1:])
+        padded[group_R, place_R] = x_RTC
+        change = padded.flatten(1, 2) @ self.deltas.detach()[slot_G].transpose(1, 2)
+        return change.view(*padded.shape[:3], -1)[group_R, place_R]
+
+    def projected(self, x_BTF: Tensor) -> Tensor:
+        """Return the main part of what all pools add to the output, fp32 [B, T, P, S]."""
+        pools, directions, _ = self.sketch_PSF.shape
+        flat_BTN = F.linear(x_BTF.float(), self.sketch_PSF.flatten(0, 1))
+        return flat_BTN.view(*x_BTF.shape[:2], pools, directions)
+
+    # writing
+
+    def write(self, pool: int, delta_DC: Tensor) -> float:
+        """Set a pool's change; return how far it moved (Frobenius)."""
+        before_DC = self.deltas.data[pool, :, : delta_DC.shape[1]]
+        moved = float((delta_DC - before_DC).norm())
+        before_DC.copy_(delta_DC)
+        self.sketch_PSF[pool] = self._sketched(pool, pool + 1)[0]
+        return moved
+
+    def append(self, delta_DC: Tensor, columns_C: Tensor | None) -> int:
+        """Add a pool that is open and never fires; return its index."""
+        width = delta_DC.shape[1]
+        if columns_C is None:
+            columns_C = torch.arange(width, device=delta_DC.device)
+        wider = max(0, width - self.width)  # the others are padded with zeros
+        short = max(0, self.width - width)
+        self.deltas.data = torch.cat(
+            [F.pad(self.deltas.data, (0, wider)), F.pad(delta_DC, (0, short))[None]]
+        )
+        self.columns_PC = torch.cat(
+            [F.pad(self.columns_PC, (0, wider)), F.pad(columns_C, (0, short))[None]]
+        )
+        self.floor_P = F.pad(self.floor_P, (0, 1), value=torch.inf)
+        self.outer_P = F.pad(self.outer_P, (0, 1))
+        self.open_P = torch.cat([self.open_P, torch.ones_like(self.floor_P[:1]).bool()])
+        self.name_P = torch.cat([self.name_P, self.named[None]])
+        self.named = self.named + 1
+        last = len(self) - 1
+        self.sketch_PSF = torch.cat([self.sketch_PSF, self._sketched(last, last + 1)])
+        return last
+
+    def dense(self, pools: list[int]) -> Tensor:
+        """Return the changes of some pools at all inputs, fp32 [len(pools), D, F]."""
+        deltas_PDC = self.deltas.detach()[pools]
+        if self.is_whole:
+            return deltas_PDC
+        blank = deltas_PDC.new_zeros(*deltas_PDC.shape[:2], self.inputs)
+        return blank.scatter_add(
+            2, self.columns_PC[pools][:, None].expand_as(deltas_PDC), deltas_PDC
+        )
+
+    def drop(self, pools: list[int]) -> None:
+        """Forget some pools and the edits that live in them."""
+        gone_P = torch.zeros(len(self), dtype=torch.bool, device=self.floor_P.device)
+        gone_P[pools] = True
+        kept_P, stays_M = ~gone_P, ~gone_P[self.home_M]
+        self.deltas.data = self.deltas.data[kept_P]
+        for name in ("columns_PC", "floor_P", "outer_P", "open_P", "name_P", "sketch_PSF"):
+            setattr(self, name, getattr(self, name)[kept_P])
+        index_P = kept_P.cumsum(0) - 1
+        self.edit_M, self.home_M = self.edit_M[stays_M], index_P[self.home_M[stays_M]]
+
+    # members
+
+    def house(self, edit_ids: list[int], pool: int) -> None:
+        """Let edits live in a pool; those that lived in another leave it."""
+        added_M = self.edit_M.new_tensor(edit_ids)
+        self.evict(edit_ids)
+        self.edit_M = torch.cat([self.edit_M, added_M])
+        self.home_M = torch.cat([self.home_M, torch.full_like(added_M, pool)])
+
+    def evict(self, edit_ids: list[int]) -> None:
+        """Let edits live nowhere."""
+        stays_M = ~torch.isin(self.edit_M, self.edit_M.new_tensor(edit_ids))
+        self.edit_M, self.home_M = self.edit_M[stays_M], self.home_M[stays_M]
+
+    def members(self, pool: int) -> list[int]:
+        """Return the ids of the edits that live in a pool, in the order they came."""
+        found: list[int] = self.edit_M[self.home_M == pool].tolist()
+        return found
+
+    @property
+    def homes(self) -> dict[int, int]:
+        """Pool of each edit."""
+        return dict(zip(self.edit_M.tolist(), self.home_M.tolist(), strict=True))
+
+    def _sketched(self, first: int, last: int) -> Tensor:
+        """Project the changes of pools first to last - 1 on where each moves most [P, S, F].
+
+        One step of subspace iteration from fixed random directions; a projection shortens.
+        """
+        deltas_PDC = self.deltas.detach()[first:last]
+        across_PSC = torch.einsum("sd,pdc->psc", self.draw_SD, deltas_PDC)
+        inward_PCS = torch.linalg.qr(across_PSC.transpose(1, 2)).Q
+        outward_PDS = torch.linalg.qr(deltas_PDC @ inward_PCS).Q
+        block_PSC: Tensor = outward_PDS.transpose(1, 2) @ deltas_PDC
+        if self.is_whole:
+            return block_PSC
+        index_PSC = self.columns_PC[first:last][:, None].expand_as(block_PSC)
+        return block_PSC.new_zeros(*block_PSC.shape[:2], self.inputs).scatter_add(
+            2, index_PSC, block_PSC
+        )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept pools that have come and gone since."""
+        fit_to(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.sketch_PSF = self._sketched(0, len(self))

@@ -1,0 +1,223 @@
+"""SideMemory: WISE's layer, y + (W'_p - W) x for the prompts that pool p claims.
+
+A prompt's score in a pool is how far that pool moves the layer's output at the prompt's tokens. A
+pool claims what exceeds a share of the smallest score among its own edits and, where scores of
+other edits are known, those too. All pools are scored in
+one product. Where there are many, the few directions in which each moves the output most rank them
+and the best two are scored exactly.
+
+Legend: D layer output, P pools, B rows asked about, R rows that are answered, T tokens, k pools
+that are scored exactly for each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from editkit.adapters.pools import Pools
+from editkit.adapters.routed import Route, RoutedLayer
+from editkit.functional.routing import (
+    LONG,
+    TINY,
+    largest_norms,
+    mean_norms,
+    pick_relative,
+    pick_released,
+)
+
+EXACTLY = 2  # pools that are scored exactly where the projection ranks them
+GAP = 0.05  # a threshold stays this share above other edits' scores, or below its own edits'
+AT_ONCE = 1 << 24  # numbers that scoring holds at a time
+
+
+@dataclass(frozen=True)
+class SideRouting:
+    """When a pool answers a prompt.
+
+    Args:
+        act_ratio: Share of the smallest score among a pool's own edits that a prompt must exceed.
+        score: `raw`: mean norm of what the pool adds to the output, as published; `wise`: of what
+            it adds behind the model's nonlinearity, as released.
+        over: The `prompt`'s tokens, its `last` one alone, or, as released, `all` tokens of a row,
+            answers and padding too, so that its route depends on both.
+        pick: Of several pools the largest multiple of its threshold (`relative`) or, as `released`,
+            the largest score.
+        sketch: Directions, of those in which a pool moves the output most, that rank the pools; 0
+            scores all of them exactly.
+    """
+
+    act_ratio: float = 0.5
+    score: Literal["raw", "wise"] = "raw"
+    over: Literal["prompt", "last", "all"] = "prompt"
+    pick: Literal["relative", "released"] = "relative"
+    sketch: int = 8
+
+    def __post_init__(self) -> None:
+        """Check user input."""
+        for name, known in (
+            ("score", ("raw", "wise")),
+            ("over", ("prompt", "last", "all")),
+            ("pick", ("relative", "released")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"routing.{name} is {getattr(self, name)!r}; use one of {known}")
+        if self.act_ratio <= 0 or self.sketch < 0:
+            raise ValueError(
+                f"routing.act_ratio is {self.act_ratio}, sketch is {self.sketch}; the one is above "
+                "0, the other at least 0"
+            )
+
+
+class SideMemory(RoutedLayer):
+    """Pools of weight changes beside the base's own weight.
+
+    Args:
+        base_layer: The linear layer to wrap.
+        width: Inputs that a pool keeps; the layer's own number keeps all.
+        routing: When a pool answers.
+        act: The model's nonlinearity.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        width: int,
+        routing: SideRouting,
+        act: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__(base_layer)
+        self.routing = routing
+        self.act = act
+        can_rank = routing.score == "raw" and routing.pick == "relative"
+        directions = min(routing.sketch, self.shape_oi[0]) if can_rank else 0
+        self.pools = Pools(self.shape_oi, width, directions, self.weight_oi.device)
+
+    @property
+    def threshold_P(self) -> Tensor:
+        """Score that a prompt must exceed in each pool: above other edits, below its own."""
+        pools = self.pools
+        between_P = torch.minimum((1 + GAP) * pools.outer_P, (1 - GAP) * pools.floor_P)
+        return torch.maximum(self.routing.act_ratio * pools.floor_P, between_P)
+
+    def score(self, x_BTF: Tensor, change_BTD: Tensor, prompt_BT: Tensor) -> Tensor:
+        """Return the scores of changes of the output, fp32: [B], or [B, P] of [B, T, P, D].
+
+        Gradients reach the changes.
+        """
+        counted_BT = prompt_BT
+        if self.routing.over == "all":
+            counted_BT = torch.ones_like(prompt_BT)
+        elif self.routing.over == "last":
+            counted_BT = prompt_BT & (prompt_BT.flip(1).cumsum(1).flip(1) == 1)
+        return mean_norms(self._seen(x_BTF, change_BTD), counted_BT)
+
+    @torch.no_grad()
+    def scores(self, x_BTF: Tensor, prompt_BT: Tensor, pools: list[int] | None = None) -> Tensor:
+        """Return the exact scores of rows in all pools or in some, fp32 [B, P]."""
+        many = len(self.pools) if pools is None else len(pools)
+        return torch.cat([
+            self.score(x, self.pools.stacked(x, pools), prompt)
+            for x, prompt in _chunks(x_BTF, prompt_BT, many * self.shape_oi[0])
+        ])  # fmt: skip
+
+    @torch.no_grad()
+    def route(self, x_BTF: Tensor, prompt_BT: Tensor) -> Route:
+        """Let each row's best pool answer it, where that is good enough."""
+        if len(self.pools) == 0:
+            none_B = torch.full((len(x_BTF),), -1, device=x_BTF.device)
+            return Route.of(none_B, torch.zeros_like(none_B, dtype=torch.float32))
+        with torch.autocast(x_BTF.device.type, enabled=False):
+            return Route.of(*self._pick(x_BTF, prompt_BT))
+
+    def recall(self, x_RTF: Tensor, route: Route) -> Tensor:
+        """Return what the pools add to their rows' outputs, fp32 [R, T, D]."""
+        with torch.autocast(x_RTF.device.type, enabled=False):
+            return self.pools.grouped(x_RTF, route.slot_B)
+
+    def _pick(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pool of each row, or -1, and the multiple of its threshold."""
+        if self.routing.pick == "released":
+            is_long = self.routing.over == "all" and x_BTF.shape[1] > LONG
+            score_BP = self._longest(x_BTF) if is_long else self.scores(x_BTF, prompt_BT)
+            return pick_released(score_BP, self.threshold_P, self.pools.open_P)
+        if len(self.pools.draw_SD) == 0 or len(self.pools) <= EXACTLY:
+            return pick_relative(self.scores(x_BTF, prompt_BT), self.threshold_P)
+        pool_Bk = self._candidates(x_BTF, prompt_BT)
+        rows_R = torch.arange(len(x_BTF), device=x_BTF.device).repeat_interleave(EXACTLY)
+        change_RTD = self.pools.grouped(x_BTF[rows_R], pool_Bk.flatten())
+        score_R = self.score(x_BTF[rows_R], change_RTD, prompt_BT[rows_R])
+        k_B, ratio_B = pick_relative(score_R.view_as(pool_Bk), self.threshold_P[pool_Bk])
+        pool_B = pool_Bk.gather(1, k_B.clamp_min(0)[:, None])[:, 0]
+        return pool_B.where(k_B >= 0, -1), ratio_B
+
+    def _candidates(self, x_BTF: Tensor, prompt_BT: Tensor) -> Tensor:
+        """Return the pools that the projection ranks first for each row [B, k]."""
+        rough_BP = torch.cat([
+            self.score(x, self.pools.projected(x), prompt)
+            for x, prompt in _chunks(x_BTF, prompt_BT, self.pools.sketch_PSF[..., 0].numel())
+        ])  # fmt: skip
+        return (rough_BP / self.threshold_P.clamp_min(TINY)).topk(EXACTLY, dim=1).indices
+
+    def _seen(self, x_BTF: Tensor, change_BTD: Tensor) -> Tensor:
+        """Return a change of the output as the score sees it."""
+        if self.routing.score == "raw":
+            return change_BTD
+        y_BTD = F.linear(x_BTF.float(), self.weight_oi.float())
+        y_BTD = y_BTD if change_BTD.ndim == 3 else y_BTD[:, :, None]
+        return self.act(y_BTD + change_BTD) - self.act(y_BTD)
+
+    def _longest(self, x_BTF: Tensor) -> Tensor:
+        """Return the largest norms over all tokens [B, P], as released for long texts."""
+        seen_BTPD = self._seen(x_BTF, self.pools.stacked(x_BTF))
+        return largest_norms(seen_BTPD, torch.ones_like(x_BTF[..., 0], dtype=torch.bool))
+
+    # writing
+
+    @torch.no_grad()
+    def write(self, pool: int | None, delta_DC: Tensor, columns_C: Tensor | None = None) -> int:
+        """Set a pool's change, or add a pool that is open and never fires.
+
+        Args:
+            pool: Pool to set; None adds one.
+            delta_DC: The change at the kept inputs, fp32.
+            columns_C: The kept inputs of a new pool; None keeps all.
+
+        Returns:
+            Index of the pool.
+
+        Raises:
+            ValueError: If a value is not finite; nothing is written then.
+        """
+        if not bool(delta_DC.isfinite().all()):
+            raise ValueError("refusing to write values that are not finite: lower lr")
+        if pool is None:
+            self.note_change(float(delta_DC.norm()))
+            return self.pools.append(delta_DC, columns_C)
+        self.note_change(self.pools.write(pool, delta_DC))
+        return pool
+
+    @torch.no_grad()
+    def drop(self, pools: list[int]) -> None:
+        """Forget some pools; without any, the layer is the base's own again."""
+        self.pools.drop(pools)
+        self.writes += 1
+        self.is_written = len(self.pools) > 0
+
+    def drop_empty(self) -> None:
+        """Forget the pools in which no edit lives."""
+        lived = set(self.pools.home_M.tolist())
+        empty = [pool for pool in range(len(self.pools)) if pool not in lived]
+        if empty:
+            self.drop(empty)
+
+
+def _chunks(x_BTF: Tensor, prompt_BT: Tensor, numbers: int) -> list[tuple[Tensor, Tensor]]:
+    """Split rows so that `numbers` a token stay within what scoring may hold."""
+    size = max(1, AT_ONCE // max(1, numbers * x_BTF.shape[1]))
+    return list(zip(x_BTF.split(size), prompt_BT.split(size), strict=True))

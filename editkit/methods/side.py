@@ -1,0 +1,207 @@
+"""SideEdit: what WISE and REPAIR share: lessons, thresholds, and the account of who lives where.
+
+Legend: B rows, T tokens, F layer input, D layer output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from editkit.adapters.side import SideMemory, SideRouting
+from editkit.edits import Edit, Probe
+from editkit.functional.routing import mean_norms
+from editkit.lm.activation import activation
+from editkit.lm.openings import unrelated_prompts
+from editkit.lm.rows import SiteRows, run_to_site
+from editkit.methods.base import UndoError
+from editkit.methods.memory import MemoryEdit
+from editkit.methods.shard_training import Fit, Lesson, Wanted, train_shard
+from editkit.methods.shards import Distillation, Fitting, Margins, Mask, Shards
+from editkit.metrics.evaluate import ProbeRow
+
+HELD_OUT, UNRELATED = 200, 300  # prompts that tell of false activations, and to train against
+PUBLISHED = Shards(), Margins(), SideRouting(), Fitting()
+
+
+class SideEdit(MemoryEdit):
+    """Base class of methods that write edits into pools of a side memory.
+
+    Args:
+        shards: Masks, shards and merging.
+        margins: How edits are held apart from unrelated texts.
+        routing: When a pool answers.
+        fitting: How a shard is descended on.
+        corpus: Texts of which unrelated ones are made, for edits that bring too few and to tell
+            false activations: a .txt, .jsonl or folder, or a data set of the Hub; none takes the
+            `corpus.txt` of the base model, else the model writes them.
+        compat: Train as WISE's released code does.
+    """
+
+    memory: SideMemory
+    distillation = Distillation()
+
+    def __init__(
+        self,
+        shards: Shards = PUBLISHED[0],
+        margins: Margins = PUBLISHED[1],
+        routing: SideRouting = PUBLISHED[2],
+        fitting: Fitting = PUBLISHED[3],
+        corpus: str | None = None,
+        compat: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.shards = shards
+        self.margins = margins
+        self.routing = routing
+        self.fitting = fitting
+        self.corpus = corpus
+        self.compat = compat
+        self.made: dict[int, Edit] = {}  # edits that live in a pool
+
+    def make_memory(self, base_layer: nn.Module) -> SideMemory:
+        """Build the layer around a base layer."""
+        width = self.shards.width(self.site.in_features)
+        return SideMemory(base_layer, width, self.routing, activation(self.lm))
+
+    def prepare(self) -> None:
+        """Write prefixes; read unrelated prompts, and the norm of the output there."""
+        super().prepare()
+        count = HELD_OUT + UNRELATED
+        prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
+        n = len(prompts) * HELD_OUT // count  # a short corpus is shared out in this proportion
+        self.quiet, self.unrelated = list(self.inputs(prompts[:n])), prompts[n:]
+        norms = [mean_norms(self.memory.base_layer(x), prompt) for x, prompt in self.quiet]
+        self.unit = float(torch.cat(norms).mean()) if self.margins.relative else 1.0
+
+    # routes
+
+    def owners(self, slot_B: Tensor) -> list[int | None]:
+        """Return the first edit that lives in each pool; None for slot -1."""
+        pools = self.memory.pools
+        firsts = {slot: pools.members(slot)[:1] for slot in set(slot_B.tolist())}
+        return [next(iter(firsts[slot]), None) for slot in slot_B.tolist()]
+
+    def score(self, probes: list[Probe]) -> list[ProbeRow]:
+        """Score probes; a pool counts as the probe's own edit where that lives in it."""
+        homes = self.memory.pools.homes
+        rows = super().score(probes)
+        for row in rows:
+            own, found = row["edit_id"], row["route"]["edit_id"]
+            if own in homes and found in homes and homes[own] == homes[found]:
+                row["route"]["edit_id"] = own
+        return rows
+
+    @torch.no_grad()
+    def false_activations(self) -> float:
+        """Return the share of the held-out unrelated prompts that some pool claims."""
+        found = [self.memory.route(*pair).slot_B >= 0 for pair in self.quiet]
+        return float(torch.cat(found).float().mean()) if found else float("nan")
+
+    # training
+
+    def draw_seed(self) -> int:
+        """Draw the seed of a mask."""
+        return int(torch.randint(2**62, (), generator=self.generator))
+
+    def draw_mask(self, seed: int) -> Mask:
+        """Return the mask of a seed."""
+        return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.weight_oi.device)
+
+    def fit_shard(self, edits: list[Edit], mask: Mask, pool: int | None = None) -> Fit:
+        """Train a shard on edits together, from where a pool stands or from zero."""
+        shape = self.memory.shape_oi[0], len(mask.columns_C)
+        start_DC = self.memory.weight_oi.new_zeros(shape, dtype=torch.float32)
+        if pool is not None:
+            start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
+        wanted = Wanted(self.fitting, self.margins, self.unit, self.distillation, self.compat)
+        return train_shard(self.memory, self.lesson(edits), start_DC, mask, wanted)
+
+    def lesson(self, edits: list[Edit]) -> Lesson:
+        """Return the rows of edits and the texts that they are held against, run to the site."""
+        others = [text for edit in edits for text in self._others(edit)]
+        if self.compat:
+            return self._released_lesson(edits, others)
+        rows, tokens = self.rows(edits), self.lm.encode(others)
+        with self.lm.unedited():
+            inputs_BTF, _ = run_to_site(self.lm, self.site, tokens)
+        per_edit = len(rows.tokens.ids_BT) // len(edits)
+        return Lesson(rows, len(edits), per_edit, inputs_BTF, tokens.prompt_BT)
+
+    def _others(self, edit: Edit) -> list[str]:
+        """Return the unrelated texts of an edit: its negatives, then texts of the corpus."""
+        found = list(edit.negatives)[: self.fitting.irrelevant]
+        short = self.fitting.irrelevant - len(found)
+        if short and not self.unrelated:
+            raise ValueError(
+                f"edit {edit.id} has {len(found)} negatives of {self.fitting.irrelevant} that are "
+                "asked for, and the corpus has no further text; lower fitting.irrelevant"
+            )
+        index = torch.randint(max(1, len(self.unrelated)), (short,), generator=self.generator)
+        return found + [self.unrelated[i] for i in index.tolist()]
+
+    def _released_lesson(self, edits: list[Edit], others: list[str]) -> Lesson:
+        """Return a lesson as released: all rows in one batch, padded on the left."""
+        fronts = ["", *(f"{context} " for context in self.contexts or [])]
+        cut = [text.rpartition(" ") for text in others]
+        if any(not head for head, _, _ in cut):
+            raise ValueError(f"unrelated texts of one word among {others}; compat needs two")
+        n = len(edits) * len(fronts)
+        rows = SiteRows(
+            self.lm,
+            self.site,
+            self.adds_up,
+            [f + e.prompt for e in edits for f in fronts] + [head for head, _, _ in cut],
+            [e.target for e in edits for _ in fronts] + [tail for _, _, tail in cut],
+            self.append_eos,
+            padding="left",
+        )
+        return Lesson(rows, len(edits), len(fronts), rows.inputs_BTF[n:], rows.tokens.prompt_BT[n:])
+
+    # who lives where
+
+    def enrol(self, edits: list[Edit], pool: int) -> None:
+        """Let edits live in a pool."""
+        self.memory.pools.house([e.id for e in edits], pool)
+        self.made |= {e.id: e for e in edits}
+
+    @torch.no_grad()
+    def smallest_score(self, edits: list[Edit], pool: int) -> float:
+        """Return the smallest score of the bare prompts of edits in a pool."""
+        pairs = self.inputs([e.prompt for e in edits])
+        return min(float(self.memory.scores(*pair, [pool]).min()) for pair in pairs)
+
+    def undo(self, edit_id: int) -> None:
+        """Drop the pool of an edit that has it to itself.
+
+        Raises:
+            UndoError: If other edits share its weights.
+        """
+        pools = self.memory.pools
+        pool = pools.homes.get(edit_id)
+        others = [] if pool is None else [i for i in pools.members(pool) if i != edit_id]
+        if pool is None or others:
+            shared = f"shares its weights with {len(others)} others, such as {others[:3]}"
+            gone = "has given its place to a later edit of the same prompt"
+            raise UndoError(
+                f"{type(self).__name__} cannot undo edit {edit_id}: it {shared if others else gone}"
+            )
+        self.forget_pool(pool)
+        del self.made[edit_id]
+
+    def forget_pool(self, pool: int) -> None:
+        """Drop a pool and what is known of it."""
+        self.memory.drop([pool])
+
+    def stream_state(self) -> dict[str, Any]:
+        """Return the texts of the edits beside the prefixes."""
+        return {**super().stream_state(), "made": [asdict(edit) for edit in self.made.values()]}
+
+    def load_stream_state(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        super().load_stream_state(state)
+        self.made = {fields["id"]: Edit(**fields) for fields in state["made"]}
