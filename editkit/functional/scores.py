@@ -70,22 +70,24 @@ def row_scores(logits_NV: Tensor, ids_N: Tensor, row_N: Tensor, rows: int) -> li
     Args:
         logits_NV: Logits that predict the tokens.
         ids_N: The tokens.
-        row_N: Row of each token, on CPU.
+        row_N: Row of each token, ascending, on CPU.
         rows: Number of rows; the scores of one without tokens are nan.
 
     Returns:
-        `token_accuracy`, `sequence_accuracy`, `nll` (mean) and `nll_sum` of each row.
+        Of each row `token_accuracy`, `sequence_accuracy`, `first_token`, `nll` (mean), `nll_sum`.
     """
     hits_N = token_hits(logits_NV, ids_N).cpu()
+    is_first_N = row_N.diff(prepend=row_N.new_tensor([-1])) != 0
     nll_N = token_nll(logits_NV, ids_N).cpu().double()
     nll_B = mean_by_row(nll_N, row_N, rows)
     columns = (
         mean_by_row(hits_N.double(), row_N, rows).tolist(),
         all_by_row(hits_N, row_N, rows).double().tolist(),
+        mean_by_row(hits_N[is_first_N].double(), row_N[is_first_N], rows).tolist(),
         nll_B.tolist(),
         (nll_B * torch.bincount(row_N, minlength=rows)).tolist(),
     )
-    names = ("token_accuracy", "sequence_accuracy", "nll", "nll_sum")
+    names = ("token_accuracy", "sequence_accuracy", "first_token", "nll", "nll_sum")
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 

@@ -173,9 +173,10 @@ class StreamModule(L.LightningModule):
         }
         data = getattr(self.trainer, "datamodule", None)
         place = checkpoint.get(type(data).__qualname__, {})
-        if place.get("batches"):
+        if "batches" in place:
             is_last = place["edits_applied"] >= len(data.edits)
-            set_position(checkpoint, place["batches"], is_last)
+            if place["batches"] or not is_last:  # also a stream that was taken back whole
+                set_position(checkpoint, place["batches"], is_last)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the stream's state back.

@@ -178,8 +178,6 @@ def _hear(
         ids = [i for r in batch for i in (r.question.compared or r.draft)]
         compared = row_scores(logits_NV, tokens.target_ids_N.new_tensor(ids), row_N, len(batch))
     argmax = logits_NV.argmax(-1).split([len(draft) for draft in drafts])
-    for scores, said, draft in zip(own, argmax, drafts, strict=True):
-        scores["first_token"] = float(said[:1].tolist() == draft[:1])
     confident = _confident(reading) if is_whole else [0.0] * len(batch)
     others = _others(reading, batch)
     answers: list[str | None] = [None] * len(batch)

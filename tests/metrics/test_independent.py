@@ -171,6 +171,7 @@ def tokens_scored(logp_NV, judged):
     return {
         "token_accuracy": sum(hits) / len(hits),
         "sequence_accuracy": float(all(hits)),
+        "first_token": float(hits[0]),
         "nll": sum(nll) / len(nll),
     }
 

@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
     data = {"class_path": "editkit.data.factworld.FactWorld", "init_args": options}
     (path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     config = {"class_path": "editkit.methods.ft.FT", "base": {"id": "factworld", "hash": "x"}}
-    (path / "adapter_config.json").write_text(json.dumps({"format": 1, **config}))
+    config |= {"format": 1, "tensors_sha256": ""}
+    (path / "adapter_config.json").write_text(json.dumps(config))
     stream = FactWorld(**options)
     stream.setup()
     rows = [
