@@ -206,7 +206,7 @@ class REPAIR(WISE):
             members, mask = [ids[n] for n in batch], self.draw_mask(self.draw_seed())
             fit = self.fit_shard([self.made[i] for i in members], mask)
             apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED)
-            leaves = (apart_E > self.regroup.consistency).tolist()
+            leaves = [False, *(apart_E[1:] > self.regroup.consistency).tolist()]  # the seed stays
             if may_leave and self.regroup.by_likeness and any(leaves):
                 left += [i for i, leave in zip(members, leaves, strict=True) if leave]
                 members = [i for i in members if i not in left]
