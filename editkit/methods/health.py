@@ -95,6 +95,11 @@ class Health:
             if i not in self.kept:
                 self.kept[i] = self._run(edit)
 
+    def prompt(self, edit_id: int) -> Tensor:
+        """Return what enters the site at the tokens of an edit's prompt [T, F]."""
+        kept = self.kept[edit_id]
+        return kept.inputs_TF[: len(kept.head)]
+
     def features(self, ids: list[int]) -> Tensor:
         """Return what the unedited block makes of each edit's last prompt token, [E, H]."""
         return torch.stack([self.kept[i].hidden_TH[len(self.kept[i].head) - 1] for i in ids])

@@ -44,6 +44,7 @@ kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without running the mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,7 @@ from editkit.methods.shards import Distillation, Loop, Mask, Merge, Regroup, mer
 from editkit.methods.wise import WISE
 
 MORE_STEPS = 1.5  # at each retry
+WINDOW_TRIES = 3
 
 
 AS_RESOLVED = Distillation(weight=1.0), Regroup(), Merge(), Loop()
@@ -111,7 +113,7 @@ class REPAIR(WISE):
         """Write edits into a shard of their own; merge the window when it is full."""
         edits = self._make_room(edits)
         mask = self.draw_mask(self.draw_seed())
-        fit = self.fit_shard(edits, mask)
+        fit = self.fit_shard(edits, mask, beside=self.waiting)
         pool = self.memory.write(None, fit.delta_DC, mask.columns_C)
         self.enrol(edits, pool)
         self._measure(pool)
@@ -160,19 +162,36 @@ class REPAIR(WISE):
             self.memory.drop_empty()
         return list(latest.values())
 
+    def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
+        """Return what enters the site at other edits' prompts: those beside, then any, drawn."""
+        own = {edit.id for edit in edits}
+        near = [i for i in beside if i in self.health.kept and i not in own]
+        far = [i for i in self.health.kept if i not in own and i not in beside]
+        order = torch.randperm(len(far), generator=self.generator).tolist()
+        return [self.health.prompt(i) for i in (near + [far[n] for n in order])[:many]]
+
     def _integrate(self) -> float:
         """Merge the edits that wait into a pool, and see to it that none is lost.
+
+        Those that are lost stay out of it when it is trained again; who cannot be kept waits on.
 
         Returns:
             Share of the held-out unrelated prompts that the pools claim.
         """
         ids, before = self.waiting, self.memory.pools.tables
-        left = self._train_window(ids)
-        if self.loop.enabled:
-            wrong = set(self.health.wrong())
-            lost = [i for i in ids if i in wrong and i not in left]
-            self._give_back(lost, before)
-            left += lost
+        known = set(self.health.wrong())
+        left: list[int] = []
+        for _ in range(WINDOW_TRIES):
+            left += self._train_window([i for i in ids if i not in left])
+            lost = set(self.health.wrong()) - known
+            if not (self.loop.enabled and lost):
+                break
+            self.memory.pools.tables = before
+            left += [i for i in ids if i in lost and i not in left]
+            if len(left) == len(ids):
+                break
+        else:
+            left = ids
         for i in left:
             self.deferred[i] = self.deferred.get(i, 0) + 1
             if self.deferred[i] > self.regroup.deferrals:  # its own shard is its pool for good
@@ -190,13 +209,13 @@ class REPAIR(WISE):
         self.fitting = replace(before, steps=round(before.steps * more))
         for batch in batches:
             members, mask = [ids[n] for n in batch], self.draw_mask(self.draw_seed())
-            fit = self.fit_shard([self.made[i] for i in members], mask)
+            fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids)
             apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED)
             leaves = (apart_E > self.regroup.consistency).tolist()
             if may_leave and self.regroup.by_likeness and any(leaves):
                 left += [i for i, leave in zip(members, leaves, strict=True) if leave]
                 members = [i for i in members if i not in left]
-                fit = self.fit_shard([self.made[i] for i in members], mask)
+                fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids)
             self.counts["trained"] += len(batch)
             fits.append((members, fit, mask))
         self.fitting = before
@@ -218,20 +237,6 @@ class REPAIR(WISE):
         self.memory.pools.open_P[pool] = False
         pools.house([i for members, _, _ in fits for i in members], pool)
         self._measure(pool)
-
-    def _give_back(self, lost: list[int], before: dict[str, Tensor]) -> None:
-        """Let edits that their window's pool answers wrong live in their own shards again."""
-        pools = self.memory.pools
-        homes = dict(zip(before["edit_M"].tolist(), before["home_M"].tolist(), strict=True))
-        left = {pools.homes[i] for i in lost}
-        own = {homes[i]: [j for j in lost if homes[j] == homes[i]] for i in lost}
-        for old, members in own.items():
-            pool = self.memory.write(None, before["deltas"][old], before["columns_PC"][old])
-            pools.house(members, pool)
-            self._measure(pool)
-        for pool in left:
-            self._measure(pool)
-        self.memory.drop_empty()
 
     # the loop
 

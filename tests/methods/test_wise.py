@@ -261,10 +261,10 @@ def test_route_reports_the_edit_that_lives_in_the_pool(make, edits):
 def test_an_edit_with_a_pool_to_itself_is_undone_bit_for_bit(make, edits):
     lm = make(shards=Shards(density=0.3, save=1, merge=4))
     lm.edit_batch(edits[:1])
-    before = logits(lm, OTHERS + [edits[0].prompt])
+    before = logits(lm, [*OTHERS, edits[0].prompt])
     lm.edit_batch(edits[1:2])
     lm.undo(1)
-    assert torch.equal(logits(lm, OTHERS + [edits[0].prompt]), before)
+    assert torch.equal(logits(lm, [*OTHERS, edits[0].prompt]), before)
     lm.undo(0)
     with lm.unedited():
         base = logits(lm, OTHERS)
