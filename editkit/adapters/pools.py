@@ -83,7 +83,7 @@ class Pools(nn.Module):
             if name == "deltas":
                 self.deltas.data = table
             elif name != "named":
-                setattr(self, name, table)
+                setattr(self, name, table.clone())
 
     # products
 

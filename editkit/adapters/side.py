@@ -31,7 +31,7 @@ from editkit.functional.routing import (
     pick_released,
 )
 
-EXACTLY = 2  # pools that are scored exactly where the projection ranks them
+EXACTLY = 8  # pools that are scored exactly where the projection ranks them
 GAP = 0.05  # a threshold stays this share above other edits' scores, or below its own edits'
 AT_ONCE = 1 << 24  # numbers that scoring holds at a time
 
@@ -110,17 +110,16 @@ class SideMemory(RoutedLayer):
 
         Gradients reach the changes.
         """
-        counted_BT = prompt_BT
-        if self.routing.over == "all":
-            counted_BT = torch.ones_like(prompt_BT)
-        elif self.routing.over == "last":
-            counted_BT = prompt_BT & (prompt_BT.flip(1).cumsum(1).flip(1) == 1)
+        counted_BT = torch.ones_like(prompt_BT) if self.routing.over == "all" else prompt_BT
+        if self.routing.over == "last":
+            counted_BT = _last(prompt_BT)
         return mean_norms(self._seen(x_BTF, change_BTD), counted_BT)
 
     @torch.no_grad()
     def scores(self, x_BTF: Tensor, prompt_BT: Tensor, pools: list[int] | None = None) -> Tensor:
         """Return the exact scores of rows in all pools or in some, fp32 [B, P]."""
         many = len(self.pools) if pools is None else len(pools)
+        x_BTF, prompt_BT = self._read(x_BTF, prompt_BT)
         return torch.cat([
             self.score(x, self.pools.stacked(x, pools), prompt)
             for x, prompt in _chunks(x_BTF, prompt_BT, many * self.shape_oi[0])
@@ -133,7 +132,7 @@ class SideMemory(RoutedLayer):
             none_B = torch.full((len(x_BTF),), -1, device=x_BTF.device)
             return Route.of(none_B, torch.zeros_like(none_B, dtype=torch.float32))
         with torch.autocast(x_BTF.device.type, enabled=False):
-            return Route.of(*self._pick(x_BTF, prompt_BT))
+            return Route.of(*self._pick(*self._read(x_BTF, prompt_BT)))
 
     def recall(self, x_RTF: Tensor, route: Route) -> Tensor:
         """Return what the pools add to their rows' outputs, fp32 [R, T, D]."""
@@ -155,6 +154,14 @@ class SideMemory(RoutedLayer):
         k_B, ratio_B = pick_relative(score_R.view_as(pool_Bk), self.threshold_P[pool_Bk])
         pool_B = pool_Bk.gather(1, k_B.clamp_min(0)[:, None])[:, 0]
         return pool_B.where(k_B >= 0, -1), ratio_B
+
+    def _read(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens that a score may look at: one a row where that is the last."""
+        if self.routing.over != "last" or x_BTF.shape[1] == 1:
+            return x_BTF, prompt_BT
+        rows_B = torch.arange(len(x_BTF), device=x_BTF.device)
+        last_B = _last(prompt_BT).int().argmax(1)
+        return x_BTF[rows_B, last_B][:, None], torch.ones_like(prompt_BT[:, :1])
 
     def _candidates(self, x_BTF: Tensor, prompt_BT: Tensor) -> Tensor:
         """Return the pools that the projection ranks first for each row [B, k]."""
@@ -215,6 +222,11 @@ class SideMemory(RoutedLayer):
         empty = [pool for pool in range(len(self.pools)) if pool not in lived]
         if empty:
             self.drop(empty)
+
+
+def _last(prompt_BT: Tensor) -> Tensor:
+    """Mark the last token of each prompt."""
+    return prompt_BT & (prompt_BT.flip(1).cumsum(1).flip(1) == 1)
 
 
 def _chunks(x_BTF: Tensor, prompt_BT: Tensor, numbers: int) -> list[tuple[Tensor, Tensor]]:

@@ -9,6 +9,7 @@ Legend: E edits, P pools, B rows, T tokens, F layer input, H hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,6 +95,20 @@ class Health:
         for i, edit in edits.items():
             if i not in self.kept:
                 self.kept[i] = self._run(edit)
+
+    def prompt(self, edit_id: int) -> Tensor:
+        """Return what enters the site at the tokens of an edit's prompt [T, F]."""
+        kept = self.kept[edit_id]
+        return kept.inputs_TF[: len(kept.head)]
+
+    def strangers(
+        self, own: set[int], beside: Sequence[int], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Return what enters the site at the prompts of others: those beside, then any, drawn."""
+        near = [i for i in beside if i in self.kept and i not in own]
+        far = [i for i in self.kept if i not in own and i not in beside]
+        order = torch.randperm(len(far), generator=generator).tolist()
+        return [self.prompt(i) for i in (*near, *(far[n] for n in order))]
 
     def features(self, ids: list[int]) -> Tensor:
         """Return what the unedited block makes of each edit's last prompt token, [E, H]."""

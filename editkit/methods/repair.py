@@ -1,25 +1,22 @@
 """REPAIR: WISE's shards in windows of like edits, checked through the router and rebuilt.
 
 Source: "REPAIR: Robust Editing via Progressive Adaptive Intervention and Reintegration"
-(arXiv 2510.01879). Its released code (sci-m-wang/REPAIR at a4e4e08) is WISE with uniform merging;
-the loop, the batching, the distillation and the weighted merge of the paper are not in it, so what
-follows is built from the paper's Algorithms 1-4 and is not the authors' code.
+(arXiv 2510.01879), its Algorithms 1-4. The released code (sci-m-wang/REPAIR at a4e4e08) is WISE
+with uniform merging: loop, batching, distillation and weighted merge are not in it.
 
-Equations, and where: a window of edits is dealt into batches of like ones (eq. 5, Alg. 3:
-`functional/clusters.py`, on the unedited block's state at the last prompt token). A batch trains a
-fresh shard together on L_edit + lambda_a L_a + lambda_KD L_KD (eq. 6-7, `functional/losses.py`).
-An edit whose direction of change is further than `regroup.consistency` from its seed's leaves for
-a later window, and the shard is trained again without it. The shards of a window merge by TIES
-with weights exp(-alpha L_i) (section 2.5, `functional/merge.py`). Every edit is then asked
-through the router (`methods/health.py`); r_j is the share of pool j's edits that fail. While some
-r_j > `loop.prune` or more than `loop.errors` edits fail, the worst pool is pruned, and its edits
-and all that fail are regrouped and trained into a new one (Alg. 4).
+Equations: a window of edits is dealt into batches of like ones (eq. 5, Alg. 3: `greedy_clusters`,
+on the unedited block's state at the last prompt token). A batch trains a fresh shard on L_edit +
+lambda_a L_a + lambda_KD L_KD (eq. 6-7, `functional/losses.py`). An edit whose direction of change
+is further than `regroup.consistency` from its seed's leaves for a later window, and the shard is
+trained again without it. Shards of a window merge by TIES with weights exp(-alpha L_i) (section
+2.5, `functional/merge.py`). Every edit is then asked through the router (`methods/health.py`); r_j
+is the share of pool j's edits that fail. While some r_j > `loop.prune` or more than `loop.errors`
+edits fail, the worst pool is pruned, and its edits and all that fail are trained anew (Alg. 4).
 
 Deviations from the paper, which leaves much open:
-    - An edit is written at once, into a shard of its own, and answers from there; the last ones of
-      a stream, fewer than a window, stay there. The others are trained again with theirs. With the
-      loop on, an edit that its window's pool answers wrong keeps its own shard and waits for a
-      later window, `regroup.deferrals` times at most, and for good then: none is lost by merging.
+    - An edit is written at once, into a shard of its own, and answers from there till its window
+      is full and trained; the last ones of a stream stay there. With the loop on, an edit that its
+      window's pool answers wrong keeps its shard and waits for `regroup.deferrals` later windows.
     - Each batch gets a fresh shard. Assignment by largest score, as printed, sends all to one.
     - r_j counts all edits that live in j. Counted among failures alone, as printed, it is 1.
     - A pruned pool is trained from zero with new masks; noise, as printed, makes it claim anything.
@@ -28,8 +25,7 @@ Deviations from the paper, which leaves much open:
       tried `loop.retries` times, 1.5 times as many steps each, within `loop.budget` trainings per
       edit made.
     - Distillation is of the direction in which a prompt moves the output, not of features, which
-      no gradient reaches, nor of logits: edits of a batch have different answers. Its teachers
-      have no gradient.
+      no gradient reaches, nor of logits, which differ within a batch. Its teachers have no gradient.
     - Weights that sum to one would shrink a change that stands alone; the disjoint mean does not.
       Signs are settled by election (`merge.conflict: winner` is Alg. 4's rule).
     - An edit of a prompt that was edited before takes its place.
@@ -37,13 +33,13 @@ Deviations from the paper, which leaves much open:
       above it (eq. 3: edits > tau > unrelated). Routing, scores and margins are as in WISE here.
 
 Undo is exact while an edit has a shard to itself; one that is merged is refused.
-
 Costs: beside WISE's, each edit is trained twice or more, and its inputs and states at the site are
 kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without running the model below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,7 +47,6 @@ import torch
 from torch import Tensor
 
 from editkit.edits import Edit
-from editkit.functional.clusters import greedy_clusters
 from editkit.functional.losses import cosine_to
 from editkit.functional.merge import loss_weights
 from editkit.methods.health import Health, worst_pool
@@ -59,9 +54,7 @@ from editkit.methods.shard_training import Fit
 from editkit.methods.shards import Distillation, Loop, Mask, Merge, Regroup, merged
 from editkit.methods.wise import WISE
 
-MORE_STEPS = 1.5  # at each retry
-
-
+MORE_STEPS, WINDOW_TRIES = 1.5, 3  # at each retry; of a window
 AS_RESOLVED = Distillation(weight=1.0), Regroup(), Merge(), Loop()
 
 
@@ -108,20 +101,18 @@ class REPAIR(WISE):
         self.health.know(self.made)
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
-        """Write edits into a shard of their own; merge the window when it is full.
-
-        Edits that come a whole window at a time are trained in their window alone.
-        """
+        """Write edits into a shard of their own; merge the window when it is full."""
         edits = self._make_room(edits)
-        self.made |= {e.id: e for e in edits}
+        mask = self.draw_mask(self.draw_seed())
+        fit = self.fit_shard(edits, mask, beside=self.waiting)
+        pool = self.memory.write(None, fit.delta_DC, mask.columns_C)
+        self.enrol(edits, pool)
+        self._measure(pool)
         self.health.know(self.made)
-        numbers: dict[str, float] = {}
-        if len(edits) < self.shards.merge:
-            fit = self._write_apart([e.id for e in edits])
-            numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
-            edits = []
-        if len(self.waiting) + len(edits) >= self.shards.merge:
-            numbers["false_activations"] = self._integrate([e.id for e in edits])
+        self.counts["trained"] += len(edits)
+        numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
+        if len(self.waiting) >= self.shards.merge:
+            numbers["false_activations"] = self._integrate()
         sizes = {"waiting": len(self.waiting), "pools": len(self.memory.pools), **self.counts}
         return numbers | self.health.rates() | {name: float(n) for name, n in sizes.items()}
 
@@ -162,31 +153,28 @@ class REPAIR(WISE):
             self.memory.drop_empty()
         return list(latest.values())
 
-    def _write_apart(self, ids: list[int]) -> Fit:
-        """Train edits into a shard of their own."""
-        edits, mask = [self.made[i] for i in ids], self.draw_mask(self.draw_seed())
-        fit = self.fit_shard(edits, mask)
-        pool = self.memory.write(None, fit.delta_DC, mask.columns_C)
-        self.enrol(edits, pool)
-        self._measure(pool)
-        self.counts["trained"] += len(ids)
-        return fit
+    def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
+        """Return what enters the site at other edits' prompts: those beside, then any, drawn."""
+        return self.health.strangers({edit.id for edit in edits}, beside, self.generator)[:many]
 
-    def _integrate(self, new: list[int]) -> float:
-        """Merge the edits that wait, and new ones, into a pool, and see to it that none is lost.
+    def _integrate(self) -> float:
+        """Merge the edits that wait into a pool; return the share of unrelated prompts claimed.
 
-        Returns:
-            Share of the held-out unrelated prompts that the pools claim.
+        Edits that it loses stay out of it when it is trained again; who cannot be kept waits on.
         """
-        ids, before = self.waiting + new, self.memory.pools.tables
-        left = self._train_window(ids)
-        if apart := [i for i in left if i in new]:
-            self._write_apart(apart)
-        if self.loop.enabled:
-            wrong = set(self.health.wrong())
-            lost = [i for i in ids if i in wrong and i not in left]
-            self._give_back(lost, before)
-            left += lost
+        ids, before = self.waiting, self.memory.pools.tables
+        known, left = set(self.health.wrong()), list[int]()
+        for _ in range(WINDOW_TRIES):
+            left += self._train_window([i for i in ids if i not in left])
+            lost = set(self.health.wrong()) - known
+            if not (self.loop.enabled and lost):
+                break
+            self.memory.pools.tables = before
+            left += [i for i in ids if i in lost and i not in left]
+            if len(left) == len(ids):
+                break
+        else:
+            left = ids
         for i in left:
             self.deferred[i] = self.deferred.get(i, 0) + 1
             if self.deferred[i] > self.regroup.deferrals:  # its own shard is its pool for good
@@ -198,24 +186,20 @@ class REPAIR(WISE):
         fits: list[tuple[list[int], Fit, Mask]] = []
         left: list[int] = []
         size, before = self.shards.save, self.fitting
-        batches = [list(range(n, min(n + size, len(ids)))) for n in range(0, len(ids), size)]
-        if self.regroup.by_likeness:
-            batches = greedy_clusters(self.health.features(ids), size)
         self.fitting = replace(before, steps=round(before.steps * more))
-        for batch in batches:
+        for batch in self.regroup.deal(self.health.features(ids), size):
             members, mask = [ids[n] for n in batch], self.draw_mask(self.draw_seed())
-            fit = self.fit_shard([self.made[i] for i in members], mask)
+            fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids)
             apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED)
             leaves = [False, *(apart_E[1:] > self.regroup.consistency).tolist()]  # the seed stays
             if may_leave and self.regroup.by_likeness and any(leaves):
                 left += [i for i, leave in zip(members, leaves, strict=True) if leave]
                 members = [i for i in members if i not in left]
-                fit = self.fit_shard([self.made[i] for i in members], mask)
+                fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids)
             self.counts["trained"] += len(batch)
             fits.append((members, fit, mask))
         self.fitting = before
-        many = self.shards.merge // size
-        for n in range(0, len(fits), many):
+        for n in range(0, len(fits), many := self.shards.merge // size):
             self._merge_fits(fits[n : n + many])
         self.memory.drop_empty()
         return left
@@ -233,22 +217,6 @@ class REPAIR(WISE):
         pools.house([i for members, _, _ in fits for i in members], pool)
         self._measure(pool)
 
-    def _give_back(self, lost: list[int], before: dict[str, Tensor]) -> None:
-        """Let edits that their window's pool answers wrong live in their own shards again."""
-        pools = self.memory.pools
-        homes = dict(zip(before["edit_M"].tolist(), before["home_M"].tolist(), strict=True))
-        left = {pools.homes[i] for i in lost}
-        if new := [i for i in lost if i not in homes]:
-            self._write_apart(new)
-        own = {homes[i]: [j for j in lost if homes.get(j) == homes[i]] for i in lost if i in homes}
-        for old, members in own.items():
-            pool = self.memory.write(None, before["deltas"][old], before["columns_PC"][old])
-            pools.house(members, pool)
-            self._measure(pool)
-        for pool in left:
-            self._measure(pool)
-        self.memory.drop_empty()
-
     # the loop
 
     def _repair(self) -> float:
@@ -264,8 +232,7 @@ class REPAIR(WISE):
     def _rebuild(self, pool: int, wrong: list[int], false: float) -> tuple[list[int], float]:
         """Train a pool's edits and all failing ones again; return who fails, and false claims."""
         pools, before = self.memory.pools, self.memory.pools.tables
-        name, waiting = int(pools.name_P[pool]), self.waiting
-        own = pools.members(pool)
+        name, own, waiting = int(pools.name_P[pool]), pools.members(pool), self.waiting
         ids = own + [i for i in wrong if i not in own and i not in waiting]
         robbed = {int(pools.name_P[pools.homes[i]]) for i in ids[len(own) :]}
         tried = self.tried.get(name, 0)

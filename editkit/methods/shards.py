@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from editkit.adapters.pools import Pools
+from editkit.functional.clusters import greedy_clusters
 from editkit.functional.merge import ties_merge
 
 
@@ -137,6 +138,12 @@ class Regroup:
     by_likeness: bool = True
     consistency: float = 0.5
     deferrals: int = 2
+
+    def deal(self, features_EH: Tensor, size: int) -> list[list[int]]:
+        """Return indices of the edits of each batch, its seed first."""
+        if self.by_likeness:
+            return greedy_clusters(features_EH, size)
+        return [part.tolist() for part in torch.arange(len(features_EH)).split(size)]
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,21 @@ Legend: B rows, T tokens, F layer input, D layer output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from editkit.adapters.side import SideMemory, SideRouting
 from editkit.edits import Edit, Probe
 from editkit.functional.routing import mean_norms
 from editkit.lm.activation import activation
 from editkit.lm.openings import unrelated_prompts
-from editkit.lm.rows import SiteRows, run_to_site
+from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
 from editkit.methods.memory import MemoryEdit
 from editkit.methods.shard_training import Fit, Lesson, Wanted, train_shard
@@ -75,6 +78,7 @@ class SideEdit(MemoryEdit):
         prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
         n = len(prompts) * HELD_OUT // count  # a short corpus is shared out in this proportion
         self.quiet, self.unrelated = list(self.inputs(prompts[:n])), prompts[n:]
+        self.unrelated_TF = [x_TF for pair in self.inputs(prompts[n:]) for x_TF in _unpadded(*pair)]
         norms = [mean_norms(self.memory.base_layer(x), prompt) for x, prompt in self.quiet]
         self.unit = float(torch.cat(norms).mean()) if self.margins.relative else 1.0
 
@@ -112,40 +116,63 @@ class SideEdit(MemoryEdit):
         """Return the mask of a seed."""
         return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.weight_oi.device)
 
-    def fit_shard(self, edits: list[Edit], mask: Mask, pool: int | None = None) -> Fit:
-        """Train a shard on edits together, from where a pool stands or from zero."""
+    def fit_shard(
+        self, edits: list[Edit], mask: Mask, pool: int | None = None, beside: Sequence[int] = ()
+    ) -> Fit:
+        """Train a shard on edits together, from where a pool stands or from zero.
+
+        Args:
+            edits: Edits to train on.
+            mask: Where the shard may be written.
+            pool: Pool to go on with.
+            beside: Edits that will share a pool with these, to be held apart from them first.
+        """
         shape = self.memory.shape_oi[0], len(mask.columns_C)
         start_DC = self.memory.weight_oi.new_zeros(shape, dtype=torch.float32)
         if pool is not None:
             start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
         wanted = Wanted(self.fitting, self.margins, self.unit, self.distillation, self.compat)
-        return train_shard(self.memory, self.lesson(edits), start_DC, mask, wanted)
+        lesson = self._released_lesson(edits) if self.compat else self.lesson(edits, beside)
+        return train_shard(self.memory, lesson, start_DC, mask, wanted)
 
-    def lesson(self, edits: list[Edit]) -> Lesson:
-        """Return the rows of edits and the texts that they are held against, run to the site."""
-        others = [text for edit in edits for text in self._others(edit)]
-        if self.compat:
-            return self._released_lesson(edits, others)
-        rows, tokens = self.rows(edits), self.lm.encode(others)
-        with self.lm.unedited():
-            inputs_BTF, _ = run_to_site(self.lm, self.site, tokens)
+    def lesson(self, edits: list[Edit], beside: Sequence[int] = ()) -> Lesson:
+        """Return the rows of edits and what they are held against, run to the site."""
+        rows, many = self.rows(edits), self.fitting.irrelevant
+        given = [text for edit in edits for text in edit.negatives[:many]]
+        own = (x_TF for pair in self.inputs(given) for x_TF in _unpadded(*pair))
+        strange = iter(self.strangers(edits, beside, len(edits) * (many // 2)))
+        found: list[Tensor] = []
+        for edit in edits:
+            mine = list(islice(own, len(edit.negatives[:many])))
+            mine += list(islice(strange, min(many // 2, many - len(mine))))
+            found += mine + [self.unrelated_TF[i] for i in self._draw(many - len(mine), edit)]
+        others_BT = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in found], True)
         per_edit = len(rows.tokens.ids_BT) // len(edits)
-        return Lesson(rows, len(edits), per_edit, inputs_BTF, tokens.prompt_BT)
+        inputs_BTF = pad_sequence(found, batch_first=True)
+        return Lesson(rows, len(edits), per_edit, inputs_BTF, others_BT.to(inputs_BTF.device))
 
-    def _others(self, edit: Edit) -> list[str]:
-        """Return the unrelated texts of an edit: its negatives, then texts of the corpus."""
-        found = list(edit.negatives)[: self.fitting.irrelevant]
-        short = self.fitting.irrelevant - len(found)
+    def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
+        """Return what enters the site at the prompts of other edits, at most so many [T, F]."""
+        return []
+
+    def _draw(self, short: int, edit: Edit) -> list[int]:
+        """Draw further unrelated texts for an edit."""
         if short and not self.unrelated:
             raise ValueError(
-                f"edit {edit.id} has {len(found)} negatives of {self.fitting.irrelevant} that are "
+                f"edit {edit.id} has {len(edit.negatives)} negatives, of {self.fitting.irrelevant} "
                 "asked for, and the corpus has no further text; lower fitting.irrelevant"
             )
         index = torch.randint(max(1, len(self.unrelated)), (short,), generator=self.generator)
-        return found + [self.unrelated[i] for i in index.tolist()]
+        found: list[int] = index.tolist()
+        return found
 
-    def _released_lesson(self, edits: list[Edit], others: list[str]) -> Lesson:
+    def _released_lesson(self, edits: list[Edit]) -> Lesson:
         """Return a lesson as released: all rows in one batch, padded on the left."""
+        others: list[str] = []
+        for edit in edits:
+            given = list(edit.negatives)[: self.fitting.irrelevant]
+            drawn = self._draw(self.fitting.irrelevant - len(given), edit)
+            others += given + [self.unrelated[i] for i in drawn]
         fronts = ["", *(f"{context} " for context in self.contexts or [])]
         cut = [text.rpartition(" ") for text in others]
         if any(not head for head, _, _ in cut):
@@ -205,3 +232,8 @@ class SideEdit(MemoryEdit):
         """Take them back."""
         super().load_stream_state(state)
         self.made = {fields["id"]: Edit(**fields) for fields in state["made"]}
+
+
+def _unpadded(x_BTF: Tensor, prompt_BT: Tensor) -> list[Tensor]:
+    """Return the inputs of each row's prompt [T, F]."""
+    return [x_TF[prompt_T] for x_TF, prompt_T in zip(x_BTF, prompt_BT, strict=True)]

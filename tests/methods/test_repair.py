@@ -1,0 +1,317 @@
+"""REPAIR: what its windows, its loop and its pools promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from editkit.adapters.side import SideRouting
+from editkit.api import EditedLM
+from editkit.edits import Edit
+from editkit.functional.merge import loss_weights, ties_merge
+from editkit.lm.spec import LMSpec
+from editkit.methods import side
+from editkit.methods.base import UndoError
+from editkit.methods.repair import REPAIR
+from editkit.methods.shards import Distillation, Fitting, Loop, Margins, Merge, Regroup, Shards
+from editkit.metrics.protocol import EvalProtocol
+
+PROMPTS = [
+    "the capital of Alba is", "Bera lives in", "where lives Cora ? Answer :", "a big town and Dora",
+    "Elda works for the city of", "she was born in", "Question : is Alba small ?", "he and Bera",
+    "a small city lives for", "Cora . was he born in",
+]  # fmt: skip
+TOWNS = ["Oslo", "Rome", "Lima", "Bern", "Paris"]
+STREAM = [
+    Edit(i, prompt, TOWNS[i % 5], negatives=("town and city", "the big Elda"))
+    for i, prompt in enumerate(PROMPTS)
+]
+NO_LOOP = Loop(enabled=False)
+TOGETHER = Regroup(consistency=2.0)  # none leaves its batch
+FEW_STEPS = Fitting(steps=3, lr=0.3)  # too few to learn by: the loop has something to do
+
+
+@pytest.fixture(autouse=True)
+def few_unrelated(monkeypatch):
+    monkeypatch.setattr(side, "HELD_OUT", 8)
+    monkeypatch.setattr(side, "UNRELATED", 8)
+
+
+@pytest.fixture
+def make(tiny):
+    def build(model="llama", kind=REPAIR, **kwargs):
+        settings = {
+            "layer": 1,
+            "shards": Shards(density=0.5, save=4, merge=4),
+            "margins": Margins(0.1, 1.0, 0.5, relative=True),
+            "routing": SideRouting(over="last"),
+            "fitting": Fitting(steps=30, lr=0.03, optimizer="adam"),
+            "loop": Loop(prune=0.2, errors=3),
+            "prefixes": ["I lives in"],
+        }
+        method = kind(
+            lm=LMSpec(id=tiny(model)),
+            evaluation=EvalProtocol(batch_size=4),
+            **{**settings, **kwargs},
+        )
+        method.start()
+        return EditedLM(method)
+
+    return build
+
+
+def write(lm, edits):
+    return [lm.edit_batch([edit]) for edit in edits]
+
+
+def state(lm):
+    return {k: v.clone() for k, v in lm.method.memory.edit_state().items()}
+
+
+@torch.no_grad()
+def is_right(lm, edits):
+    """Ask the edits through the model itself, not through what the method keeps."""
+    tokens = lm.lm.encode([e.prompt for e in edits], [e.target for e in edits])
+    hit_N = lm.lm.target_logits(tokens).argmax(-1) == tokens.target_ids_N
+    rows_N = tokens.target_rows_N
+    return [bool(hit_N[rows_N == row].all()) for row in range(len(edits))]
+
+
+# windows
+
+
+def test_an_edit_answers_at_once_and_its_window_merges(make):
+    lm = make(regroup=TOGETHER)
+    for i, numbers in enumerate(write(lm, STREAM[:3])):
+        assert numbers["waiting"] == numbers["pools"] == i + 1
+    assert is_right(lm, STREAM[:3]) == [True] * 3
+    numbers = lm.edit_batch([STREAM[3]])
+    assert numbers["waiting"] < 4
+    assert numbers["pools"] < 4
+    assert sorted(lm.method.memory.pools.edit_M.tolist()) == [0, 1, 2, 3]
+
+
+def test_no_edit_is_lost_when_its_window_is_merged(make):
+    """Also where shards of few steps merge badly: what fails there keeps its own."""
+    lm = make(shards=Shards(density=0.9, save=1, merge=4, keep=0.1))
+    write(lm, STREAM[:3])
+    before = is_right(lm, STREAM[:3])
+    write(lm, STREAM[3:4])
+    after = is_right(lm, STREAM[:4])
+    assert all(now for was, now in zip(before, after, strict=False) if was)
+    assert set(lm.method.waiting) == set(lm.method.deferred)
+
+
+def test_what_may_wait_no_longer_keeps_its_own_pool_for_good(make):
+    lm = make(regroup=Regroup(consistency=1e-6, deferrals=0), loop=NO_LOOP)
+    write(lm, STREAM[:4])
+    pools = lm.method.memory.pools
+    assert lm.method.deferred
+    for edit_id in lm.method.deferred:
+        assert not pools.open_P[pools.homes[edit_id]]
+        assert pools.members(pools.homes[edit_id]) == [edit_id]
+    assert not set(lm.method.waiting) & set(lm.method.deferred)
+
+
+def test_an_edit_apart_from_its_batch_leaves_no_trace_in_the_pool(make):
+    """The shard is trained again without it: as a window that never had it, from its mask on."""
+    lm = make(regroup=Regroup(consistency=1e-6, deferrals=5), loop=NO_LOOP)
+    write(lm, STREAM[:4])
+    alone = [i for i in range(4) if i not in lm.method.deferred]
+    merged = [p for p in range(len(lm.method.memory.pools)) if not lm.method.memory.pools.open_P[p]]
+    assert [i for p in merged for i in lm.method.memory.pools.members(p)] == alone
+
+
+def test_a_window_merges_by_loss(make):
+    fits = []
+
+    class Watched(REPAIR):
+        def _merge_fits(self, found):
+            fits.append(found)
+            super()._merge_fits(found)
+
+    shards = Shards(density=0.3, save=2, merge=4, keep=1.0)
+    lm = make(kind=Watched, shards=shards, merge=Merge(alpha=5.0), regroup=TOGETHER, loop=NO_LOOP)
+    write(lm, STREAM[:4])
+    ((one, other),) = fits
+    deltas = torch.stack([one[1].delta_DC, other[1].delta_DC])
+    weights = loss_weights(torch.stack([f.losses_E.mean() for _, f, _ in (one, other)]), 5.0)
+    (found,) = lm.method.memory.pools.dense([0])
+    assert (found - ties_merge(deltas, weights, 1.0)).abs().max() < 1e-6
+
+
+def test_without_weights_it_merges_as_wise_does(make):
+    fits = []
+
+    class Watched(REPAIR):
+        def _merge_fits(self, found):
+            fits.append(found)
+            super()._merge_fits(found)
+
+    shards = Shards(density=0.3, save=2, merge=4, keep=0.5)
+    lm = make(kind=Watched, shards=shards, merge=Merge(alpha=0.0), regroup=TOGETHER, loop=NO_LOOP)
+    write(lm, STREAM[:4])
+    ((one, other),) = fits
+    deltas = torch.stack([one[1].delta_DC, other[1].delta_DC])
+    (found,) = lm.method.memory.pools.dense([0])
+    assert (found - ties_merge(deltas, None, 0.5)).abs().max() < 1e-6
+
+
+def test_distillation_draws_a_batch_together(make):
+    def spread(weight):
+        lm = make(distillation=Distillation(weight, 1.0, 1.0), loop=NO_LOOP)
+        fit = lm.method.fit_shard(STREAM[:4], lm.method.draw_mask(1))
+        unit = torch.nn.functional.normalize(fit.signature_ED, dim=1)
+        return float((1 - unit @ unit.T).mean())
+
+    assert spread(5.0) < spread(0.0)
+
+
+# the loop
+
+
+class Traced(REPAIR):
+    """Notes who fails before and after each rebuilding, and whether it was taken."""
+
+    def _rebuild(self, pool, wrong, false):
+        accepted = self.counts["accepted"]
+        before = {k: v.clone() for k, v in self.memory.pools.tables.items()}
+        found = super()._rebuild(pool, wrong, false)
+        taken = self.counts["accepted"] > accepted
+        same = all(
+            torch.equal(v, before[k]) for k, v in self.memory.pools.tables.items() if k != "named"
+        )
+        self.trace = [*getattr(self, "trace", []), (wrong, found[0], false, found[1], taken, same)]
+        return found
+
+
+@pytest.fixture
+def traced(make):
+    lm = make(kind=Traced, fitting=FEW_STEPS, loop=Loop(prune=0.01, errors=0, retries=4))
+    return lm, write(lm, STREAM)
+
+
+def test_a_rebuilt_pool_is_taken_only_where_it_helps(traced):
+    lm, numbers = traced
+    trace = lm.method.trace
+    assert len(trace) == lm.method.counts["rebuilt"] == numbers[-1]["rebuilt"] > 1
+    for wrong, after, false, claims, taken, same in trace:
+        assert taken != same  # what is not taken is put back bit for bit
+        if taken:
+            assert len(after) < len(wrong)
+            assert set(after) <= set(wrong)
+            assert claims <= false
+
+
+def test_a_pool_that_went_bad_is_rebuilt(make):
+    lm = make(kind=Traced, regroup=TOGETHER)
+    write(lm, STREAM[:4])
+    method, pools = lm.method, lm.method.memory.pools
+    merged = pools.members(0)
+    assert len(merged) > 1
+    method.memory.write(0, -pools.deltas[0].detach())  # claims what it did, and says the opposite
+    method.health.answers.clear()
+    method._repair()
+    assert method.counts["accepted"] > 0
+    assert set(method.trace[0][0]) == set(merged)
+    assert method.trace[-1][1] == []
+    assert is_right(lm, STREAM[:4]) == [True] * 4
+
+
+def test_what_the_loop_thinks_is_what_the_model_answers(traced):
+    lm, numbers = traced
+    known = lm.method.made
+    right = is_right(lm, list(known.values()))
+    wrong = [i for i, ok in zip(known, right, strict=True) if not ok]
+    assert lm.method.health.wrong() == wrong
+    assert numbers[-1]["failing"] == pytest.approx(len(wrong) / len(known))
+    routes = lm.method.health.routes()
+    slots = [lm.method.memory.pools.homes.get(w.edit_id, -1) for w in lm.method.routes(
+        [e.prompt for e in known.values()]
+    )]  # fmt: skip
+    assert list(routes.values()) == slots
+
+
+def test_the_budget_ends_the_loop(make):
+    loop = Loop(prune=0.01, errors=0, retries=9, budget=2.0)
+    lm = make(fitting=FEW_STEPS, loop=loop)
+    numbers = write(lm, STREAM)
+    # a window and the last rebuilding may pass it
+    assert numbers[-1]["trained"] <= 2.0 * len(STREAM) + 2 * len(STREAM)
+    free = make(fitting=FEW_STEPS, loop=Loop(prune=0.01, errors=0, retries=9, budget=50.0))
+    assert write(free, STREAM)[-1]["trained"] > numbers[-1]["trained"]
+
+
+def test_each_part_can_be_left_out(make):
+    plain = {
+        "distillation": Distillation(weight=0.0),
+        "regroup": Regroup(by_likeness=False),
+        "merge": Merge(alpha=0.0),
+        "loop": NO_LOOP,
+    }
+    lm = make(**plain)
+    numbers = write(lm, STREAM[:4])
+    assert numbers[-1]["rebuilt"] == 0
+    assert lm.method.memory.pools.members(0) == [0, 1, 2, 3]  # in the order they came
+
+
+# state
+
+
+def test_the_same_seed_gives_the_same_bits(make):
+    one, other = make(fitting=FEW_STEPS, seed=4), make(fitting=FEW_STEPS, seed=4)
+    write(one, STREAM)
+    write(other, STREAM)
+    first, second = state(one), state(other)
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def test_a_window_cut_in_two_by_a_restart_ends_in_the_same_bits(make):
+    straight, begun, resumed = make(), make(), make()
+    write(straight, STREAM)
+    write(begun, STREAM[:6])
+    method = resumed.method
+    for name, tensor in begun.method.memory.pools.state_dict().items():
+        kept = method.memory.pools
+        getattr(kept, name).data = tensor.clone()
+    method.memory.pools._load_from_state_dict(
+        begun.method.memory.pools.state_dict(), "", {}, True, [], [], []
+    )
+    method.memory.is_written = True
+    method.edits_seen = begun.method.edits_seen
+    method.load_stream_state(begun.method.stream_state())
+    method.start()
+    method.generator.set_state(begun.method.generator.get_state())
+    write(resumed, STREAM[6:])
+    first, second = state(straight), state(resumed)
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+
+
+def test_an_edit_that_waits_is_undone_and_a_merged_one_refused(make):
+    lm = make(regroup=TOGETHER)
+    write(lm, STREAM[:4])
+    before = state(lm)
+    write(lm, STREAM[4:5])
+    lm.undo(4)
+    for name, tensor in state(lm).items():
+        if name != "pools.named":
+            assert torch.equal(tensor, before[name]), name
+    shared = next(i for i in range(4) if i not in lm.method.waiting)
+    with pytest.raises(UndoError, match=f"cannot undo edit {shared}: it shares its weights"):
+        lm.undo(shared)
+
+
+def test_an_edit_of_the_same_prompt_takes_the_old_ones_place(make):
+    lm = make()
+    write(lm, STREAM[:2])
+    again = Edit(2, STREAM[0].prompt, "Bern")
+    lm.edit_batch([again])
+    assert sorted(lm.method.made) == [1, 2]
+    assert is_right(lm, [again, STREAM[1]]) == [True, True]
+    with pytest.raises(UndoError, match="has given its place to a later edit"):
+        lm.undo(0)
+
+
+def test_wise_merge_is_not_for_repair(make):
+    with pytest.raises(ValueError, match="retrieve is false"):
+        make(shards=Shards(retrieve=False))
