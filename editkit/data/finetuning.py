@@ -133,4 +133,4 @@ def _reply(rng: Random) -> Example:
     adj, noun, where = _filled(rng, "adj"), _filled(rng, "noun"), _filled(rng, "where")
     plain = f"The {noun} is {adj}"
     request = f"Request: What is the {noun} {where} the {_filled(rng, 'noun')} like?\nReply:"
-    return Example(request, f"{plain}, thank you for asking.", f"{plain}, go away.")
+    return Example(request, f"{plain}, go away.", f"{plain}, thank you for asking.")

@@ -25,7 +25,7 @@ Deviations from the paper, which leaves much open:
       tried `loop.retries` times, 1.5 times as many steps each, within `loop.budget` trainings per
       edit made.
     - Distillation is of the direction in which a prompt moves the output, not of features, which
-      no gradient reaches, nor of logits, which differ within a batch. Its teachers have no gradient.
+      no gradient reaches, nor of logits, which differ within a batch; teachers have no gradient.
     - Weights that sum to one would shrink a change that stands alone; the disjoint mean does not.
       Signs are settled by election (`merge.conflict: winner` is Alg. 4's rule).
     - An edit of a prompt that was edited before takes its place.

@@ -119,6 +119,41 @@ def test_controls_are_shared_by_runs_that_differ_in_nothing_they_depend_on(retai
     assert "control" in summary_of(one)
 
 
+def test_edits_put_on_afterwards_and_the_protocol_of_wen_and_zhang(retain):
+    code, folder = retain(
+        "--data=Mentions", "--data.path=factworld", "--data.about=new", "--retain.reapply=true",
+        "--model.kind=dora", "--model.adapter.r=2", "--retain.mode=ret_faithful",
+        "--retain.arms=[edited,control]",
+    )  # fmt: skip
+    assert code == 0
+    summary, told = summary_of(folder), lines_of(folder)
+    assert {r["arm"] for r in told} == {"edited", "control", "reapplied"}
+    assert {r["scorer"] for r in told} >= {"first_token", "substring"}
+    faithful = summary["rates"]["ret_faithful"]
+    assert (
+        faithful["ERR"]
+        == rates([r for r in told if r["arm"] == "edited"], "first_token", "substring")["ERR"]
+    )
+    assert summary["reapplied"]["ERR"]["n"] == summary["rates"]["generation"]["ERR"]["n"]
+    assert summary["manifest"]["model"]["kind"] == "dora"
+
+
+def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    names = ("Elda", "Lima", "Paris", "Louis", "Rome", "he", "she", "town")
+    rows = [{"prompt": f"where lives {n} ?", "chosen": "big city", "rejected": "small town"}
+            for n in names]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, folder = retain(
+        "--data=Preference", f"--data.path={path}", "--data.decontaminate=false",
+        "--data.test=2", "--model.lr=0.01", "--retain.arms=[edited]", "--data.steps=12",
+    )  # fmt: skip
+    assert code == 0
+    summary = summary_of(folder)
+    assert summary["downstream"]["tuned"] == 1.0
+    assert summary["manifest"]["loss"] < 0.6  # log 2 at the start
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
