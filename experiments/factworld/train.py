@@ -70,6 +70,8 @@ def write_asset(lm: LlamaForCausalLM, data: WorldText, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lm.to(torch.bfloat16).save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
+    layers = {"causal_layers": [0, 1, 2]}  # as `editkit trace` finds them (experiments/LOG.md)
+    (folder / "editkit.json").write_text(json.dumps(layers) + "\n")
     (folder / "world.json").write_text(json.dumps(data.world.card(), indent=1) + "\n")
     texts = FactWorld(world=folder).corpus(CORPUS)
     (folder / "corpus.txt").write_text("\n".join(texts) + "\n")
