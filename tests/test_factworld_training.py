@@ -206,7 +206,8 @@ def test_a_few_steps_lower_the_loss_and_write_a_folder_that_loads(data, tmp_path
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 6
     assert losses[-1] < losses[0] - 0.3
-    train.write_asset(module.lm, data, tmp_path)
+    train.write_asset(module.lm, data, tmp_path, 1)
+    assert json.loads((tmp_path / "editkit.json").read_text()) == {"causal_layers": [0]}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="auto")
     assert loaded.dtype == torch.bfloat16
     ids = AutoTokenizer.from_pretrained(tmp_path)("Is it so?", return_tensors="pt")["input_ids"]

@@ -55,7 +55,7 @@ def main() -> None:
     wall, cpu = time.perf_counter(), time.process_time()
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    write_asset(cli.model.lm, cli.datamodule, cli.config.out)
+    write_asset(cli.model.lm, cli.datamodule, cli.config.out, cli.model.hparams.recall_layer)
     lm = LlamaForCausalLM.from_pretrained(cli.config.out, torch_dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(cli.config.out)
     measures = measure(lm, tokenizer, cli.datamodule.world)
@@ -65,12 +65,15 @@ def main() -> None:
     logger.info(card)
 
 
-def write_asset(lm: LlamaForCausalLM, data: WorldText, folder: Path) -> None:
-    """Write model (bf16), tokenizer, `world.json`, `corpus.txt`; for transformers 4 and 5."""
+def write_asset(lm: LlamaForCausalLM, data: WorldText, folder: Path, recall_layer: int) -> None:
+    """Write model (bf16), tokenizer, `world.json`, `corpus.txt`; for transformers 4 and 5.
+
+    `editkit.json` names the layers below `recall_layer`, where training put the facts.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lm.to(torch.bfloat16).save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
-    layers = {"causal_layers": [0, 1, 2]}  # as `editkit trace` finds them (experiments/LOG.md)
+    layers = {"causal_layers": [*range(recall_layer)]}
     (folder / "editkit.json").write_text(json.dumps(layers) + "\n")
     (folder / "world.json").write_text(json.dumps(data.world.card(), indent=1) + "\n")
     texts = FactWorld(world=folder).corpus(CORPUS)
