@@ -1,5 +1,6 @@
 """The training recipe of the fact-world model: rows, masks, losses and what is measured."""
 
+import json
 import math
 import sys
 from collections import Counter
