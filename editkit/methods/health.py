@@ -179,7 +179,7 @@ class Health:
         answered = slot_B >= 0
         if bool(answered.any()):
             found = self.memory.pools.grouped(rows.inputs_BTF[answered], slot_B[answered])
-            added_BTD[answered] = found
+            added_BTD[answered] = found.float()
         return rows.hits(added_BTD)
 
     def _part(self) -> None:
@@ -199,7 +199,8 @@ class Health:
         row = {i: e for e, i in enumerate(self.edits)}
         fresh = [p for p, name in enumerate(names) if name not in place]
         stays = [p for p, name in enumerate(names) if name in place]
-        score_EP = torch.zeros(len(known) + len(new), len(names), device=self.lm.device)
+        shape = len(known) + len(new), len(names)
+        score_EP = torch.zeros(shape, device=self.lm.device, dtype=torch.float32)
         if known and stays:
             old = self.score_EP.to(self.lm.device)[[row[i] for i in known]][
                 :, [place[names[p]] for p in stays]
