@@ -132,11 +132,12 @@ class SideEdit(MemoryEdit):
         if pool is not None:
             start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
         wanted = Wanted(self.fitting, self.margins, self.unit, self.distillation, self.compat)
-        lesson = self._released_lesson(edits) if self.compat else self.lesson(edits, beside)
-        return train_shard(self.memory, lesson, start_DC, mask, wanted)
+        return train_shard(self.memory, self.lesson(edits, beside), start_DC, mask, wanted)
 
     def lesson(self, edits: list[Edit], beside: Sequence[int] = ()) -> Lesson:
         """Return the rows of edits and what they are held against, run to the site."""
+        if self.compat:
+            return self._released_lesson(edits)
         rows, many = self.rows(edits), self.fitting.irrelevant
         given = [text for edit in edits for text in edit.negatives[:many]]
         own = (x_TF for pair in self.inputs(given) for x_TF in _unpadded(*pair))
