@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from editkit.adapters.base import fit_to
 
+PER_POOL = ("columns_PC", "floor_P", "typical_P", "outer_P", "open_P", "name_P", "sketch_PSF")
+
 
 class Pools(nn.Module):
     """Weight changes, none at first, fp32.
@@ -32,6 +34,7 @@ class Pools(nn.Module):
     columns_PC: Tensor
     floor_P: Tensor
     outer_P: Tensor
+    typical_P: Tensor
     open_P: Tensor
     name_P: Tensor
     named: Tensor
@@ -51,6 +54,7 @@ class Pools(nn.Module):
         self.deltas = nn.Parameter(blank.new_zeros(0, out, width))
         self.register_buffer("columns_PC", index.new_zeros(0, width))
         self.register_buffer("floor_P", blank.clone())  # smallest score among a pool's own edits
+        self.register_buffer("typical_P", blank.clone())  # mean score among them
         self.register_buffer("outer_P", blank.clone())  # largest score known of other edits
         self.register_buffer("open_P", blank.bool())
         self.register_buffer("name_P", index.clone())  # a pool's number, never given again
@@ -146,6 +150,7 @@ class Pools(nn.Module):
             [F.pad(self.columns_PC, (0, wider)), F.pad(columns_C, (0, short))[None]]
         )
         self.floor_P = F.pad(self.floor_P, (0, 1), value=torch.inf)
+        self.typical_P = F.pad(self.typical_P, (0, 1), value=torch.inf)
         self.outer_P = F.pad(self.outer_P, (0, 1))
         self.open_P = torch.cat([self.open_P, torch.ones_like(self.floor_P[:1]).bool()])
         self.name_P = torch.cat([self.name_P, self.named[None]])
@@ -170,7 +175,15 @@ class Pools(nn.Module):
         gone_P[pools] = True
         kept_P, stays_M = ~gone_P, ~gone_P[self.home_M]
         self.deltas.data = self.deltas.data[kept_P]
-        for name in ("columns_PC", "floor_P", "outer_P", "open_P", "name_P", "sketch_PSF"):
+        for name in (
+            "columns_PC",
+            "floor_P",
+            "typical_P",
+            "outer_P",
+            "open_P",
+            "name_P",
+            "sketch_PSF",
+        ):
             setattr(self, name, getattr(self, name)[kept_P])
         index_P = kept_P.cumsum(0) - 1
         self.edit_M, self.home_M = self.edit_M[stays_M], index_P[self.home_M[stays_M]]

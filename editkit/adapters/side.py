@@ -2,9 +2,8 @@
 
 A prompt's score in a pool is how far that pool moves the layer's output at the prompt's tokens. A
 pool claims what exceeds a share of the smallest score among its own edits and, where scores of
-other edits are known, those too. All pools are scored in
-one product. Where there are many, the few directions in which each moves the output most rank them
-and the best two are scored exactly.
+other edits are known, those too. All pools are scored in one product; many are ranked by the few
+directions in which each moves the output most, and the best are scored exactly.
 
 Legend: D layer output, P pools, B rows asked about, R rows that are answered, T tokens, k pools
 that are scored exactly for each row.
@@ -29,6 +28,7 @@ from editkit.functional.routing import (
     mean_norms,
     pick_relative,
     pick_released,
+    pick_typical,
 )
 
 EXACTLY = 8  # pools that are scored exactly where the projection ranks them
@@ -46,16 +46,15 @@ class SideRouting:
             it adds behind the model's nonlinearity, as released.
         over: The `prompt`'s tokens, its `last` one alone, or, as released, `all` tokens of a row,
             answers and padding too, so that its route depends on both.
-        pick: Of several pools the largest multiple of its threshold (`relative`) or, as `released`,
-            the largest score.
-        sketch: Directions, of those in which a pool moves the output most, that rank the pools; 0
-            scores all of them exactly.
+        pick: Of several pools that with the largest multiple of its threshold (`relative`), of its
+            own edits' mean score (`typical`), or the largest score at all, as `released`.
+        sketch: Directions of a pool's output that rank many pools; 0 scores all exactly.
     """
 
     act_ratio: float = 0.5
     score: Literal["raw", "wise"] = "raw"
     over: Literal["prompt", "last", "all"] = "prompt"
-    pick: Literal["relative", "released"] = "relative"
+    pick: Literal["relative", "typical", "released"] = "relative"
     sketch: int = 8
 
     def __post_init__(self) -> None:
@@ -63,7 +62,7 @@ class SideRouting:
         for name, known in (
             ("score", ("raw", "wise")),
             ("over", ("prompt", "last", "all")),
-            ("pick", ("relative", "released")),
+            ("pick", ("relative", "typical", "released")),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"routing.{name} is {getattr(self, name)!r}; use one of {known}")
@@ -94,7 +93,7 @@ class SideMemory(RoutedLayer):
         super().__init__(base_layer)
         self.routing = routing
         self.act = act
-        can_rank = routing.score == "raw" and routing.pick == "relative"
+        can_rank = routing.score == "raw" and routing.pick != "released"
         directions = min(routing.sketch, self.shape_oi[0]) if can_rank else 0
         self.pools = Pools(self.shape_oi, width, directions, self.weight_oi.device)
 
@@ -139,21 +138,37 @@ class SideMemory(RoutedLayer):
         with torch.autocast(x_RTF.device.type, enabled=False):
             return self.pools.grouped(x_RTF, route.slot_B)
 
+    def choose(self, score_BP: Tensor, pool_BP: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the pool of each row, or -1, and the multiple of its threshold.
+
+        Args:
+            score_BP: Exact scores.
+            pool_BP: Pools that they are of, where not of all.
+        """
+        pools, threshold_P = self.pools, self.threshold_P
+        if self.routing.pick == "released":
+            return pick_released(score_BP, threshold_P, pools.open_P)
+        every = slice(None) if pool_BP is None else pool_BP
+        if self.routing.pick == "typical":
+            k_B, ratio_B = pick_typical(score_BP, threshold_P[every], pools.typical_P[every])
+        else:
+            k_B, ratio_B = pick_relative(score_BP, threshold_P[every])
+        if pool_BP is None:
+            return k_B, ratio_B
+        pool_B = pool_BP.gather(1, k_B.clamp_min(0)[:, None])[:, 0]
+        return pool_B.where(k_B >= 0, -1), ratio_B
+
     def _pick(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pool of each row, or -1, and the multiple of its threshold."""
-        if self.routing.pick == "released":
-            is_long = self.routing.over == "all" and x_BTF.shape[1] > LONG
-            score_BP = self._longest(x_BTF) if is_long else self.scores(x_BTF, prompt_BT)
-            return pick_released(score_BP, self.threshold_P, self.pools.open_P)
+        if self.routing.over == "all" and x_BTF.shape[1] > LONG:
+            return self.choose(self._longest(x_BTF))
         if len(self.pools.draw_SD) == 0 or len(self.pools) <= EXACTLY:
-            return pick_relative(self.scores(x_BTF, prompt_BT), self.threshold_P)
+            return self.choose(self.scores(x_BTF, prompt_BT))
         pool_Bk = self._candidates(x_BTF, prompt_BT)
         rows_R = torch.arange(len(x_BTF), device=x_BTF.device).repeat_interleave(EXACTLY)
         change_RTD = self.pools.grouped(x_BTF[rows_R], pool_Bk.flatten())
         score_R = self.score(x_BTF[rows_R], change_RTD, prompt_BT[rows_R])
-        k_B, ratio_B = pick_relative(score_R.view_as(pool_Bk), self.threshold_P[pool_Bk])
-        pool_B = pool_Bk.gather(1, k_B.clamp_min(0)[:, None])[:, 0]
-        return pool_B.where(k_B >= 0, -1), ratio_B
+        return self.choose(score_R.view_as(pool_Bk), pool_Bk)
 
     def _read(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens that a score may look at: one a row where that is the last."""

@@ -41,6 +41,26 @@ def pick_relative(score_BP: Tensor, threshold_P: Tensor) -> tuple[Tensor, Tensor
     return pool_B.where(ratio_B > 1, -1), ratio_B
 
 
+def pick_typical(score_BP: Tensor, threshold_P: Tensor, typical_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose, of the memories whose threshold is exceeded, the one that is most in its own.
+
+    A memory whose edits score very differently has a low threshold, of which the prompts of other
+    memories can be large multiples; they are not of its typical score.
+
+    Args:
+        score_BP: Routing scores.
+        threshold_P: Threshold of each memory.
+        typical_P: Mean score of each memory's own edits.
+
+    Returns:
+        Index or -1, int64 [B]; and the largest multiple of a threshold [B].
+    """
+    ratio_BP = score_BP / threshold_P.clamp_min(TINY)
+    share_BP = (score_BP / typical_P.clamp_min(TINY)).masked_fill(ratio_BP <= 1, -1)
+    best_B, pool_B = share_BP.max(1)
+    return pool_B.where(best_B >= 0, -1), ratio_BP.amax(1)
+
+
 def pick_released(score_BP: Tensor, threshold_P: Tensor, open_P: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the memory with the largest score, as WISE's released code does.
 

@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from editkit.adapters.pools import Pools
 from editkit.adapters.side import SideMemory
 from editkit.edits import Edit
-from editkit.functional.routing import TINY
 from editkit.lm.editable import EditableLM
 from editkit.lm.rows import SiteRows
 from editkit.lm.sites import Site
@@ -96,19 +95,15 @@ class Health:
             if i not in self.kept:
                 self.kept[i] = self._run(edit)
 
-    def prompt(self, edit_id: int) -> Tensor:
-        """Return what enters the site at the tokens of an edit's prompt [T, F]."""
-        kept = self.kept[edit_id]
-        return kept.inputs_TF[: len(kept.head)]
-
-    def strangers(
-        self, own: set[int], beside: Sequence[int], generator: torch.Generator
+    def prompts(
+        self, without: set[int], first: Sequence[int], many: int, generator: torch.Generator
     ) -> list[Tensor]:
-        """Return what enters the site at the prompts of others: those beside, then any, drawn."""
-        near = [i for i in beside if i in self.kept and i not in own]
-        far = [i for i in self.kept if i not in own and i not in beside]
+        """Return what enters the site at the prompts of some edits and of others, drawn [T, F]."""
+        near = [i for i in first if i in self.kept and i not in without]
+        far = [i for i in self.kept if i not in without and i not in near]
         order = torch.randperm(len(far), generator=generator).tolist()
-        return [self.prompt(i) for i in (*near, *(far[n] for n in order))]
+        kept = [self.kept[i] for i in (near + [far[n] for n in order])[:many]]
+        return [k.inputs_TF[: len(k.head)] for k in kept]
 
     def features(self, ids: list[int]) -> Tensor:
         """Return what the unedited block makes of each edit's last prompt token, [E, H]."""
@@ -120,8 +115,7 @@ class Health:
         if not self.edits or not self.names:
             return dict.fromkeys(self.edits, -1)
         self._part()
-        ratio_E, pool_E = (self.score_EP / self.memory.threshold_P.clamp_min(TINY)).max(1)
-        return dict(zip(self.edits, pool_E.where(ratio_E > 1, -1).tolist(), strict=True))
+        return dict(zip(self.edits, self.memory.choose(self.score_EP)[0].tolist(), strict=True))
 
     def wrong(self) -> list[int]:
         """Return the edits that are not answered right, in order."""

@@ -14,23 +14,24 @@ is the share of pool j's edits that fail. While some r_j > `loop.prune` or more 
 edits fail, the worst pool is pruned, and its edits and all that fail are trained anew (Alg. 4).
 
 Deviations from the paper, which leaves much open:
-    - An edit is written at once, into a shard of its own, and answers from there till its window
-      is full and trained; the last ones of a stream stay there. With the loop on, an edit that its
-      window's pool answers wrong keeps its shard and waits for `regroup.deferrals` later windows.
+    - An edit is written at once, into a shard of its own, and answers from there till its window is
+      full and trained; the last ones of a stream stay there. With the loop on, a window is taken
+      only if all that was answered right still is: it is trained again without those of its own
+      that are not, up to three times; these wait for `regroup.deferrals` later windows.
     - Each batch gets a fresh shard. Assignment by largest score, as printed, sends all to one.
+    - Prompts of other edits, those of the same window first, are half of the unrelated texts.
     - r_j counts all edits that live in j. Counted among failures alone, as printed, it is 1.
     - A pruned pool is trained from zero with new masks; noise, as printed, makes it claim anything.
-    - A rebuilt pool is taken only if fewer edits fail, no edit fails that did not, and not more of
-      the held-out unrelated prompts are claimed. Otherwise all is put back, bit for bit. A pool is
-      tried `loop.retries` times, 1.5 times as many steps each, within `loop.budget` trainings per
-      edit made.
-    - Distillation is of the direction in which a prompt moves the output, not of features, which
-      no gradient reaches, nor of logits, which differ within a batch; teachers have no gradient.
+    - A rebuilt pool is taken only if fewer edits fail, none that did not, and no more held-out
+      unrelated prompts are claimed; else all is put back, bit for bit. It is tried `loop.retries`
+      times, with 1.5 times as many steps each, within `loop.budget` trainings an edit.
+    - Distillation is of the direction in which a prompt moves the output: no gradient reaches
+      features, and logits differ within a batch. Teachers have no gradient.
     - Weights that sum to one would shrink a change that stands alone; the disjoint mean does not.
       Signs are settled by election (`merge.conflict: winner` is Alg. 4's rule).
     - An edit of a prompt that was edited before takes its place.
     - A pool's threshold is also kept above what other edits score there, where that leaves its own
-      above it (eq. 3: edits > tau > unrelated). Routing, scores and margins are as in WISE here.
+      above it (eq. 3). Routing, scores and margins are as in WISE here.
 
 Undo is exact while an edit has a shard to itself; one that is merged is refused.
 Costs: beside WISE's, each edit is trained twice or more, and its inputs and states at the site are
@@ -155,13 +156,12 @@ class REPAIR(WISE):
 
     def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
         """Return what enters the site at other edits' prompts: those beside, then any, drawn."""
-        return self.health.strangers({edit.id for edit in edits}, beside, self.generator)[:many]
+        own = {edit.id for edit in edits}
+        found = self.health.prompts(own, beside, many, self.generator)
+        return [x_TF[-1:] for x_TF in found] if self.routing.over == "last" else found
 
     def _integrate(self) -> float:
-        """Merge the edits that wait into a pool; return the share of unrelated prompts claimed.
-
-        Edits that it loses stay out of it when it is trained again; who cannot be kept waits on.
-        """
+        """Merge the edits that wait; return the share of unrelated prompts that pools claim."""
         ids, before = self.waiting, self.memory.pools.tables
         known, left = set(self.health.wrong()), list[int]()
         for _ in range(WINDOW_TRIES):

@@ -78,7 +78,7 @@ class SideEdit(MemoryEdit):
         prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
         n = len(prompts) * HELD_OUT // count  # a short corpus is shared out in this proportion
         self.quiet, self.unrelated = list(self.inputs(prompts[:n])), prompts[n:]
-        self.unrelated_TF = [x_TF for pair in self.inputs(prompts[n:]) for x_TF in _unpadded(*pair)]
+        self.unrelated_TF = self._read(prompts[n:])
         norms = [mean_norms(self.memory.base_layer(x), prompt) for x, prompt in self.quiet]
         self.unit = float(torch.cat(norms).mean()) if self.margins.relative else 1.0
 
@@ -140,7 +140,7 @@ class SideEdit(MemoryEdit):
             return self._released_lesson(edits)
         rows, many = self.rows(edits), self.fitting.irrelevant
         given = [text for edit in edits for text in edit.negatives[:many]]
-        own = (x_TF for pair in self.inputs(given) for x_TF in _unpadded(*pair))
+        own = iter(self._read(given))
         strange = iter(self.strangers(edits, beside, len(edits) * (many // 2)))
         found: list[Tensor] = []
         for edit in edits:
@@ -155,6 +155,15 @@ class SideEdit(MemoryEdit):
     def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
         """Return what enters the site at the prompts of other edits, at most so many [T, F]."""
         return []
+
+    def _read(self, prompts: list[str]) -> list[Tensor]:
+        """Return what enters the site at those tokens of prompts that scores look at [T, F]."""
+        first = -1 if self.routing.over == "last" else 0
+        return [
+            x_TF[prompt_T][first:]
+            for pair in self.inputs(prompts)
+            for x_TF, prompt_T in zip(*pair, strict=True)
+        ]
 
     def _draw(self, short: int, edit: Edit) -> list[int]:
         """Draw further unrelated texts for an edit."""
@@ -198,10 +207,10 @@ class SideEdit(MemoryEdit):
         self.made |= {e.id: e for e in edits}
 
     @torch.no_grad()
-    def smallest_score(self, edits: list[Edit], pool: int) -> float:
-        """Return the smallest score of the bare prompts of edits in a pool."""
+    def own_scores(self, edits: list[Edit], pool: int) -> Tensor:
+        """Return the scores of the bare prompts of edits in a pool [E]."""
         pairs = self.inputs([e.prompt for e in edits])
-        return min(float(self.memory.scores(*pair, [pool]).min()) for pair in pairs)
+        return torch.cat([self.memory.scores(*pair, [pool])[:, 0] for pair in pairs])
 
     def undo(self, edit_id: int) -> None:
         """Drop the pool of an edit that has it to itself.
@@ -233,8 +242,3 @@ class SideEdit(MemoryEdit):
         """Take them back."""
         super().load_stream_state(state)
         self.made = {fields["id"]: Edit(**fields) for fields in state["made"]}
-
-
-def _unpadded(x_BTF: Tensor, prompt_BT: Tensor) -> list[Tensor]:
-    """Return the inputs of each row's prompt [T, F]."""
-    return [x_TF[prompt_T] for x_TF, prompt_T in zip(x_BTF, prompt_BT, strict=True)]

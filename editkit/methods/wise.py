@@ -135,13 +135,16 @@ class WISE(SideEdit):
 
     def _lower_floor(self, pool: int, edits: list[Edit], fit: Fit) -> None:
         """Let the pool's smallest score be that of the new edits where these are below it."""
-        floor_P = self.memory.pools.floor_P
-        if not self.compat:
-            floor_P[pool].clamp_(max=self.smallest_score(edits, pool))
-            return
-        floor_P[pool].clamp_(max=float(fit.inside_E.min()))
-        if not self.shards.retrieve:  # as released: one smallest score for all there is
-            floor_P.fill_(float(floor_P.min()))
+        pools = self.memory.pools
+        own_E = fit.inside_E if self.compat else self.own_scores(edits, pool)
+        pools.floor_P[pool].clamp_(max=float(own_E.min()))
+        pools.typical_P[pool] = (
+            own_E.mean()
+            if self.in_shard == 0
+            else pools.typical_P[pool].lerp(own_E.mean(), len(edits) / (self.in_shard + len(edits)))
+        )
+        if self.compat and not self.shards.retrieve:  # as released: one smallest score for all
+            pools.floor_P.fill_(float(pools.floor_P.min()))
 
     def _close(self, pool: int) -> None:
         """Close the open shard."""
@@ -158,9 +161,9 @@ class WISE(SideEdit):
         weights_S = torch.tensor([NEW / len(shards)] * len(shards) + [OLD]) if old else None
         delta_DC, columns_C = merged(pools, shards + old, weights_S, keep)
         members = [i for p in old + shards for i in pools.members(p)]
-        floor = pools.floor_P[shards + old].min()
+        floor, typical = pools.floor_P[shards + old].min(), pools.typical_P[shards + old].mean()
         new = self.memory.write(None, delta_DC, columns_C)
-        pools.open_P[new], pools.floor_P[new] = False, floor
+        pools.open_P[new], pools.floor_P[new], pools.typical_P[new] = False, floor, typical
         pools.house(members, new)
         self.memory.drop(shards + old)
         self.unmerged = 0
@@ -171,4 +174,6 @@ class WISE(SideEdit):
         members = self.memory.pools.members(pool)
         if members and not self.compat:
             edits = [self.made[i] for i in members]
-            self.memory.pools.floor_P[pool] = self.smallest_score(edits, pool)
+            own_E = self.own_scores(edits, pool)
+            self.memory.pools.floor_P[pool] = own_E.min()
+            self.memory.pools.typical_P[pool] = own_E.mean()
