@@ -90,7 +90,7 @@ def test_a_failed_edit_discards_its_scratch(lm):
 
 def test_wrong_methods_and_options_are_named(tiny):
     for options, match in [
-        ({"method": "foo"}, "no method 'foo'; there are alphaedit, .*ft, lora"),
+        ({"method": "foo"}, "no method 'foo'; there are alphaedit, .*ft, grace, lora"),
         ({"method": "base"}, "holds no method"),
         ({"method": "json.JSONDecoder"}, "is not an EditModule"),
         ({"method": "nowhere.Foo"}, "no method class"),
