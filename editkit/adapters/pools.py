@@ -48,13 +48,14 @@ class Pools(nn.Module):
     ) -> None:
         super().__init__()
         out, self.inputs = shape_oi
+        directions = min(directions, out, width)
         self.is_whole = width == self.inputs
         blank = torch.zeros(0, device=device, dtype=torch.float32)
         index = torch.zeros(0, device=device, dtype=torch.long)
         self.deltas = nn.Parameter(blank.new_zeros(0, out, width))
         self.register_buffer("columns_PC", index.new_zeros(0, width))
         self.register_buffer("floor_P", blank.clone())  # smallest score among a pool's own edits
-        self.register_buffer("typical_P", blank.clone())  # mean score among them
+        self.register_buffer("typical_P", blank.clone())  # their mean, or what else divides scores
         self.register_buffer("outer_P", blank.clone())  # largest score known of other edits
         self.register_buffer("open_P", blank.bool())
         self.register_buffer("name_P", index.clone())  # a pool's number, never given again
@@ -171,6 +172,8 @@ class Pools(nn.Module):
 
     def drop(self, pools: list[int]) -> None:
         """Forget some pools and the edits that live in them."""
+        if not pools:
+            return
         gone_P = torch.zeros(len(self), dtype=torch.bool, device=self.floor_P.device)
         gone_P[pools] = True
         kept_P, stays_M = ~gone_P, ~gone_P[self.home_M]

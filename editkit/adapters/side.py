@@ -46,8 +46,9 @@ class SideRouting:
             it adds behind the model's nonlinearity, as released.
         over: The `prompt`'s tokens, its `last` one alone, or, as released, `all` tokens of a row,
             answers and padding too, so that its route depends on both.
-        pick: Of several pools that with the largest multiple of its threshold (`relative`), of its
-            own edits' mean score (`typical`), or the largest score at all, as `released`.
+        pick: Of several pools the largest multiple of its threshold (`relative`), of its own edits'
+            mean score (`typical`; REPAIR moves it so that edits find their pools), or at all, as
+            `released`.
         sketch: Directions of a pool's output that rank many pools; 0 scores all exactly.
     """
 
@@ -94,7 +95,7 @@ class SideMemory(RoutedLayer):
         self.routing = routing
         self.act = act
         can_rank = routing.score == "raw" and routing.pick != "released"
-        directions = min(routing.sketch, self.shape_oi[0]) if can_rank else 0
+        directions = routing.sketch if can_rank else 0
         self.pools = Pools(self.shape_oi, width, directions, self.weight_oi.device)
 
     @property
@@ -119,10 +120,11 @@ class SideMemory(RoutedLayer):
         """Return the exact scores of rows in all pools or in some, fp32 [B, P]."""
         many = len(self.pools) if pools is None else len(pools)
         x_BTF, prompt_BT = self._read(x_BTF, prompt_BT)
-        return torch.cat([
-            self.score(x, self.pools.stacked(x, pools), prompt)
-            for x, prompt in _chunks(x_BTF, prompt_BT, many * self.shape_oi[0])
-        ])  # fmt: skip
+        with torch.autocast(x_BTF.device.type, enabled=False):
+            return torch.cat([
+                self.score(x, self.pools.stacked(x, pools), prompt)
+                for x, prompt in _chunks(x_BTF, prompt_BT, many * self.shape_oi[0])
+            ])  # fmt: skip
 
     @torch.no_grad()
     def route(self, x_BTF: Tensor, prompt_BT: Tensor) -> Route:
@@ -234,9 +236,7 @@ class SideMemory(RoutedLayer):
     def drop_empty(self) -> None:
         """Forget the pools in which no edit lives."""
         lived = set(self.pools.home_M.tolist())
-        empty = [pool for pool in range(len(self.pools)) if pool not in lived]
-        if empty:
-            self.drop(empty)
+        self.drop([pool for pool in range(len(self.pools)) if pool not in lived])
 
 
 def _last(prompt_BT: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ Legend: E edits, P pools, B rows, T tokens, F layer input, H hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from editkit.adapters.pools import Pools
-from editkit.adapters.side import SideMemory
+from editkit.adapters.side import GAP, SideMemory
 from editkit.edits import Edit
+from editkit.functional.routing import TINY
 from editkit.lm.editable import EditableLM
 from editkit.lm.rows import SiteRows
 from editkit.lm.sites import Site
@@ -72,7 +72,7 @@ class Health:
         self.lm, self.site, self.memory, self.tau = lm, site, memory, tau
         self.adds_up = False  # what `lm.rows.adds_up` finds
         self.kept: dict[int, _Kept] = {}
-        self.score_EP = torch.zeros(0, 0)
+        self.score_EP = torch.zeros(0, 0, dtype=torch.float32)
         self.edits: list[int] = []  # rows of score_EP
         self.names: list[int] = []  # its columns
         self.answers: dict[int, tuple[int, bool]] = {}  # pool's name, and whether right
@@ -96,10 +96,10 @@ class Health:
                 self.kept[i] = self._run(edit)
 
     def prompts(
-        self, without: set[int], first: Sequence[int], many: int, generator: torch.Generator
+        self, without: set[int], first: list[int], many: int, generator: torch.Generator
     ) -> list[Tensor]:
         """Return what enters the site at the prompts of some edits and of others, drawn [T, F]."""
-        near = [i for i in first if i in self.kept and i not in without]
+        near = [i for i in first if i in self.kept]
         far = [i for i in self.kept if i not in without and i not in near]
         order = torch.randperm(len(far), generator=generator).tolist()
         kept = [self.kept[i] for i in (near + [far[n] for n in order])[:many]]
@@ -130,6 +130,27 @@ class Health:
             for i, right in zip(part, right_B.tolist(), strict=True):
                 self.answers[i] = names[routes[i]], right
         return [i for i in routes if not self.answers[i][1]]
+
+    def place(self, pool: int) -> None:
+        """Set what a pool's scores are divided by where several pools claim a prompt.
+
+        It is the mean score of its own edits, unless that would give other pools' edits to it, or
+        its own to others: then the nearest that does neither, its own edits first.
+        """
+        self.routes()  # scores and thresholds as they are now
+        pools, threshold_P = self.memory.pools, self.memory.threshold_P
+        homes = pools.homes
+        home_E = torch.tensor([homes.get(i, -1) for i in self.edits], device=self.score_EP.device)
+        share_EP = self.score_EP / pools.typical_P.clamp_min(TINY)
+        claims_EP = share_EP.masked_fill(self.score_EP <= threshold_P, 0)
+        score_E, own = self.score_EP[:, pool], home_E == pool
+        theirs_E = share_EP.gather(1, home_E.clamp_min(0)[:, None])[:, 0]
+        theirs_E = theirs_E.where(~own & (home_E >= 0) & (score_E > threshold_P[pool]), torch.inf)
+        claims_EP[:, pool] = 0
+        rivals_E = claims_EP.amax(1).where(own, 0).clamp_min(TINY)
+        low = ((1 + GAP) * score_E / theirs_E.clamp_min(TINY)).max()
+        high = (score_E / rivals_E / (1 + GAP)).where(own, torch.inf).min()
+        pools.typical_P[pool] = pools.typical_P[pool].clamp_min(low).clamp_max(high)
 
     def rates(self) -> dict[str, float]:
         """Return how many edits find their own pool, another and none, and how many fail."""
@@ -172,8 +193,9 @@ class Health:
         added_BTD = rows.inputs_BTF.new_zeros(shape, dtype=torch.float32)
         answered = slot_B >= 0
         if bool(answered.any()):
-            found = self.memory.pools.grouped(rows.inputs_BTF[answered], slot_B[answered])
-            added_BTD[answered] = found.float()
+            with torch.autocast(slot_B.device.type, enabled=False):
+                found = self.memory.pools.grouped(rows.inputs_BTF[answered], slot_B[answered])
+            added_BTD[answered] = found
         return rows.hits(added_BTD)
 
     def _part(self) -> None:

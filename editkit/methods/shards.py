@@ -224,3 +224,17 @@ def merged(
     columns_C = deltas_SDF.any(1).any(0).nonzero()[:, 0]
     share = min(1.0, keep * deltas_SDF.shape[2] / max(1, len(columns_C)))
     return ties_merge(deltas_SDF[..., columns_C], weights_S, share, conflict), columns_C
+
+
+def merged_apart(
+    pools: Pools,
+    changes: list[tuple[Tensor, Tensor]],
+    weights_S: Tensor,
+    keep: float,
+    conflict: Literal["elect", "winner"],
+) -> tuple[Tensor, Tensor]:
+    """Merge changes that are no pools, each with the inputs that it keeps, as `merged` does."""
+    chosen = [pools.append(*change) for change in changes]
+    found = merged(pools, chosen, weights_S, keep, conflict)
+    pools.drop(chosen)
+    return found

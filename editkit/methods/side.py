@@ -6,7 +6,7 @@ Legend: B rows, T tokens, F layer input, D layer output.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
@@ -117,7 +117,12 @@ class SideEdit(MemoryEdit):
         return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.weight_oi.device)
 
     def fit_shard(
-        self, edits: list[Edit], mask: Mask, pool: int | None = None, beside: Sequence[int] = ()
+        self,
+        edits: list[Edit],
+        mask: Mask,
+        pool: int | None = None,
+        beside: Sequence[int] = (),
+        more: float = 1.0,
     ) -> Fit:
         """Train a shard on edits together, from where a pool stands or from zero.
 
@@ -125,13 +130,15 @@ class SideEdit(MemoryEdit):
             edits: Edits to train on.
             mask: Where the shard may be written.
             pool: Pool to go on with.
-            beside: Edits that will share a pool with these, to be held apart from them first.
+            beside: Edits that will share a pool with these, to be held apart first.
+            more: Factor on the steps.
         """
         shape = self.memory.shape_oi[0], len(mask.columns_C)
         start_DC = self.memory.weight_oi.new_zeros(shape, dtype=torch.float32)
         if pool is not None:
             start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
-        wanted = Wanted(self.fitting, self.margins, self.unit, self.distillation, self.compat)
+        fitting = replace(self.fitting, steps=round(self.fitting.steps * more))
+        wanted = Wanted(fitting, self.margins, self.unit, self.distillation, self.compat)
         return train_shard(self.memory, self.lesson(edits, beside), start_DC, mask, wanted)
 
     def lesson(self, edits: list[Edit], beside: Sequence[int] = ()) -> Lesson:
@@ -148,8 +155,7 @@ class SideEdit(MemoryEdit):
             mine += list(islice(strange, min(many // 2, many - len(mine))))
             found += mine + [self.unrelated_TF[i] for i in self._draw(many - len(mine), edit)]
         others_BT = pad_sequence([torch.ones(len(x), dtype=torch.bool) for x in found], True)
-        per_edit = len(rows.tokens.ids_BT) // len(edits)
-        inputs_BTF = pad_sequence(found, batch_first=True)
+        inputs_BTF, per_edit = pad_sequence(found, True), len(rows.tokens.ids_BT) // len(edits)
         return Lesson(rows, len(edits), per_edit, inputs_BTF, others_BT.to(inputs_BTF.device))
 
     def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:

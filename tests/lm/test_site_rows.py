@@ -82,3 +82,34 @@ def test_present_edits_are_out_of_the_way(lm):
     assert torch.equal(edited.inputs_BTF, bare.inputs_BTF)
     nothing_BTD = torch.zeros(*bare.tokens.ids_BT.shape, 32)
     assert torch.equal(edited.losses(nothing_BTD), bare.losses(nothing_BTD))
+
+
+def test_hits_are_the_shares_of_likeliest_target_tokens(lm):
+    site = lm.site(2)
+    rows = SiteRows(lm, site, True, PROMPTS, TARGETS)
+    generator = torch.Generator().manual_seed(3)
+    with change(lm.model, {}):
+        likeliest = lm.forward(rows.tokens).argmax(-1)
+    rows = SiteRows(lm, site, True, PROMPTS, TARGETS)
+    tokens = rows.tokens
+    spoilt = torch.rand(tokens.ids_BT.shape, generator=generator) < 0.5
+    right = torch.zeros_like(tokens.ids_BT)
+    right[:, 1:] = likeliest[:, :-1]
+    # targets that are partly what the model says; ids are read, never run, for the last block
+    wanted = tokens.target_BT & ~spoilt
+    ids_BT = torch.where(wanted, right, torch.where(tokens.target_BT, 5, tokens.ids_BT))
+    rows.own = type(tokens)(ids_BT, *(getattr(tokens, n) for n in tokens.__slots__[1:]))
+    nothing_BTD = torch.zeros(*tokens.ids_BT.shape, site.out_features)
+    hit_BT = (ids_BT == right) & tokens.target_BT
+    assert torch.allclose(rows.hits(nothing_BTD), hit_BT.sum(1) / tokens.target_BT.sum(1))
+    assert 0 < hit_BT.sum() < tokens.target_BT.sum()
+
+
+def test_stored_rows_give_what_fresh_ones_give(lm):
+    site = lm.site(2)
+    fresh = SiteRows(lm, site, True, PROMPTS, TARGETS)
+    states = fresh.inputs_BTF, fresh.hidden_BTH
+    stored = SiteRows.stored(lm, site, True, fresh.tokens, *states)
+    added_BTD = torch.randn(*fresh.tokens.ids_BT.shape, site.out_features)
+    assert torch.equal(stored.losses(added_BTD), fresh.losses(added_BTD))
+    assert torch.equal(stored.hits(added_BTD), fresh.hits(added_BTD))

@@ -174,10 +174,10 @@ class Traced(REPAIR):
     """Notes who fails before and after each rebuilding, and whether it was taken."""
 
     def _rebuild(self, pool, wrong, false):
-        accepted = self.counts["accepted"]
+        accepted = self.accepted
         before = {k: v.clone() for k, v in self.memory.pools.tables.items()}
         found = super()._rebuild(pool, wrong, false)
-        taken = self.counts["accepted"] > accepted
+        taken = self.accepted > accepted
         same = all(
             torch.equal(v, before[k]) for k, v in self.memory.pools.tables.items() if k != "named"
         )
@@ -194,7 +194,7 @@ def traced(make):
 def test_a_rebuilt_pool_is_taken_only_where_it_helps(traced):
     lm, numbers = traced
     trace = lm.method.trace
-    assert len(trace) == lm.method.counts["rebuilt"] == numbers[-1]["rebuilt"] > 1
+    assert len(trace) == lm.method.rebuilt == numbers[-1]["rebuilt"] > 1
     for wrong, after, false, claims, taken, same in trace:
         assert taken != same  # what is not taken is put back bit for bit
         if taken:
@@ -212,7 +212,7 @@ def test_a_pool_that_went_bad_is_rebuilt(make):
     method.memory.write(0, -pools.deltas[0].detach())  # claims what it did, and says the opposite
     method.health.answers.clear()
     method._repair()
-    assert method.counts["accepted"] > 0
+    assert method.accepted > 0
     assert set(method.trace[0][0]) == set(merged)
     assert method.trace[-1][1] == []
     assert is_right(lm, STREAM[:4]) == [True] * 4
@@ -315,3 +315,31 @@ def test_an_edit_of_the_same_prompt_takes_the_old_ones_place(make):
 def test_wise_merge_is_not_for_repair(make):
     with pytest.raises(ValueError, match="retrieve is false"):
         make(shards=Shards(retrieve=False))
+
+
+def test_an_edit_that_diverges_leaves_all_as_it_was(make):
+    lm = make()
+    write(lm, STREAM[:2])
+    before, made = state(lm), dict(lm.method.made)
+    lm.method.fitting = Fitting(steps=30, lr=1e30, clamp=1e38, optimizer="sgd")
+    with pytest.raises(ValueError, match="lower"):
+        lm.edit_batch([Edit(5, STREAM[0].prompt, "Bern")])
+    assert lm.method.made == made
+    assert all(torch.equal(v, before[k]) for k, v in state(lm).items())
+    assert len(lm.ledger) == 2
+
+
+def test_a_pool_is_placed_so_that_known_edits_find_their_own(make):
+    lm = make(routing=SideRouting(over="last", pick="typical"), regroup=TOGETHER)
+    write(lm, STREAM[:5])
+    pools, health = lm.method.memory.pools, lm.method.health
+    assert pools.homes == {0: 0, 1: 0, 2: 0, 3: 0, 4: 1}
+    health.routes()
+    scores = {0: (20.0, 11.0), 1: (10.0, 1.0), 2: (5.0, 1.0), 3: (5.0, 1.0), 4: (15.0, 10.0)}
+    health.score_EP = torch.tensor([scores[i] for i in health.edits])
+    pools.floor_P, pools.typical_P = torch.tensor([5.0, 10.0]), torch.tensor([10.0, 10.0])
+    assert health.routes()[4] == 0  # 1.5 of what is typical there, 1.0 in its own
+    health.place(1)
+    assert health.routes() == pools.homes
+    low, high = 11 / 2.0, 10 / 1.5  # edit 0 stays in pool 0, edit 4 comes to pool 1
+    assert low < float(pools.typical_P[1]) < high

@@ -1,0 +1,141 @@
+"""Windowed: WISE that trains windows of edits in batches of like ones and merges their shards.
+
+It is REPAIR without its loop: who is trained with whom, against what, and how shards become a pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from editkit.edits import Edit
+from editkit.functional.losses import cosine_to
+from editkit.functional.merge import loss_weights
+from editkit.methods.health import Health
+from editkit.methods.shard_training import Fit
+from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged_apart
+from editkit.methods.wise import WISE
+
+AS_RESOLVED = Distillation(weight=1.0), Regroup(), Merge()
+
+
+class Windowed(WISE):
+    """Base class of methods that write windows of edits.
+
+    `shards.save` is the size of a batch, `shards.merge` that of a window; whole windows are merged.
+
+    Args:
+        distillation: What draws the edits of a batch together.
+        regroup: How a window is dealt into batches.
+        merge: How the shards of a window are merged.
+    """
+
+    tau = 0.0  # share of right target tokens that an edit must exceed
+
+    def __init__(
+        self,
+        distillation: Distillation = AS_RESOLVED[0],
+        regroup: Regroup = AS_RESOLVED[1],
+        merge: Merge = AS_RESOLVED[2],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if not self.shards.retrieve:
+            raise ValueError("shards.retrieve is false; REPAIR keeps every pool, so leave it true")
+        self.distillation = distillation
+        self.regroup = regroup
+        self.merge = merge
+        self.trained = 0  # trainings of edits
+
+    def attach(self) -> None:
+        """Attach as WISE does, and watch what comes in."""
+        super().attach()
+        self.health = Health(self.lm, self.site, self.memory, self.tau)
+
+    def prepare(self) -> None:
+        """Prepare as WISE does; run the edits that are there already."""
+        super().prepare()
+        self.health.adds_up = self.adds_up
+        self.health.know(self.made)
+
+    @property
+    def waiting(self) -> list[int]:
+        """Edits that answer from shards of their own and are still to be merged."""
+        pools = self.memory.pools
+        found: list[int] = pools.edit_M[pools.open_P[pools.home_M]].tolist()
+        return sorted(found)
+
+    def forget_pool(self, pool: int) -> None:
+        """Drop a pool; the thresholds of the others are found again."""
+        self.memory.drop([pool])
+        self.health.know({i: e for i, e in self.made.items() if i in self.memory.pools.homes})
+        self.health.routes()
+
+    def make_room(self, edits: list[Edit]) -> list[Edit]:
+        """Let go of edits whose prompts are edited again; of several in a batch the last stays."""
+        latest = {e.prompt: e for e in edits}
+        gone = [i for i, e in self.made.items() if e.prompt in latest]
+        if gone:
+            self.made = {i: e for i, e in self.made.items() if i not in gone}
+            self.memory.pools.evict(gone)
+            self.memory.drop_empty()
+        return list(latest.values())
+
+    def write_apart(self, edits: list[Edit]) -> Fit:
+        """Write edits into a shard of their own."""
+        mask = self.draw_mask(self.draw_seed())
+        fit = self.fit_shard(edits, mask, beside=self.waiting)
+        pool = self.memory.write(None, fit.delta_DC, mask.columns_C)
+        self.enrol(edits, pool)
+        self.health.know(self.made)
+        self._measure(pool)
+        self.trained += len(edits)
+        return fit
+
+    def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
+        """Return what enters the site at other edits' prompts: those beside, then any, drawn."""
+        own = {edit.id for edit in edits}
+        near = [i for i in beside if i not in own]
+        found = self.health.prompts(own, near, many, self.generator)
+        return [x_TF[-1:] for x_TF in found] if self.routing.over == "last" else found
+
+    def _measure(self, pool: int) -> None:
+        """Find the scores of a pool's own edits again, and its place among the others."""
+        super()._measure(pool)
+        self.health.place(pool)
+
+    def train_window(self, ids: list[int], more: float = 1.0, may_leave: bool = True) -> list[int]:
+        """Train edits in batches of like ones, merge every few; return those that have left."""
+        found: list[tuple[list[int], Fit, Mask]] = []
+        left: list[int] = []
+        size, many = self.shards.save, self.shards.merge // self.shards.save
+        for batch in self.regroup.deal(self.health.features(ids), size):
+            members, mask = [ids[n] for n in batch], self.draw_mask(self.draw_seed())
+            fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids, more=more)
+            apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED)
+            leaves = [False, *(apart_E[1:] > self.regroup.consistency).tolist()]  # the seed stays
+            if may_leave and self.regroup.by_likeness and any(leaves):
+                left += [i for i, leave in zip(members, leaves, strict=True) if leave]
+                members = [i for i in members if i not in left]
+                fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids, more=more)
+            self.trained += len(batch)
+            found.append((members, fit, mask))
+        for n in range(0, len(found), many):
+            self._merge_fits(found[n : n + many])
+        self.memory.drop_empty()
+        return left
+
+    def _merge_fits(self, found: list[tuple[list[int], Fit, Mask]]) -> None:
+        """Merge shards into a closed pool, weighted by how well they have learned."""
+        losses_S = torch.stack([fit.losses_E.mean() for _, fit, _ in found])
+        changes = [(fit.delta_DC, mask.columns_C) for _, fit, mask in found]
+        weights_S = loss_weights(losses_S, self.merge.alpha)
+        pools, keep = self.memory.pools, self.shards.keep
+        change = merged_apart(pools, changes, weights_S, keep, self.merge.conflict)
+        pool = self.memory.write(None, *change)
+        pools.open_P[pool] = False
+        pools.house([i for members, _, _ in found for i in members], pool)
+        self._measure(pool)
