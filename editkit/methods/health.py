@@ -87,6 +87,18 @@ class Health:
         self.score_EP, self.edits, self.names = scores
         self.kept, self.answers = {}, {}
 
+    @property
+    def found(self) -> tuple[Tensor, list[int], list[int], dict[int, tuple[int, bool]]]:
+        """Scores and answers; setting it goes back with the pools, bit for bit."""
+        return *self.scores, dict(self.answers)
+
+    @found.setter
+    def found(
+        self, found: tuple[Tensor, list[int], list[int], dict[int, tuple[int, bool]]]
+    ) -> None:
+        self.score_EP, self.edits, self.names, answers = found
+        self.answers = dict(answers)
+
     def know(self, edits: dict[int, Edit]) -> None:
         """Keep the states of these edits and of no others."""
         self.kept = {i: k for i, k in self.kept.items() if i in edits}
@@ -130,6 +142,12 @@ class Health:
             for i, right in zip(part, right_B.tolist(), strict=True):
                 self.answers[i] = names[routes[i]], right
         return [i for i in routes if not self.answers[i][1]]
+
+    def own_scores(self, pool: int) -> Tensor:
+        """Return the scores of the edits that live in a pool [E]."""
+        self._update()
+        row = {i: e for e, i in enumerate(self.edits)}
+        return self.score_EP[[row[i] for i in self.memory.pools.members(pool)], pool]
 
     def place(self, pool: int) -> None:
         """Set what a pool's scores are divided by where several pools claim a prompt.
@@ -229,5 +247,10 @@ class Health:
         self.score_EP, self.edits, self.names = score_EP, known + new, names
 
     def _scores(self, ids: list[int], pools: list[int]) -> Tensor:
-        rows = self._rows(ids)
-        return self.memory.scores(rows.inputs_BTF, rows.tokens.prompt_BT, pools)
+        """Score edits in pools, from those tokens of their prompts that scores look at."""
+        if self.memory.routing.over != "last":
+            rows = self._rows(ids)
+            return self.memory.scores(rows.inputs_BTF, rows.tokens.prompt_BT, pools)
+        last_EF = torch.stack([self.kept[i].inputs_TF[len(self.kept[i].head) - 1] for i in ids])
+        ones_E1 = torch.ones(len(ids), 1, dtype=torch.bool, device=last_EF.device)
+        return self.memory.scores(last_EF[:, None], ones_E1, pools)

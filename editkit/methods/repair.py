@@ -44,6 +44,7 @@ kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without running the mod
 
 from __future__ import annotations
 
+import logging
 from copy import copy
 from typing import Any
 
@@ -54,8 +55,10 @@ from editkit.methods.windows import Windowed
 
 MORE_STEPS = 1.5  # at each retry
 WINDOW_TRIES = 3
-TRIED = ("deferred", "tried", "trained", "rebuilt", "accepted")
+COUNTS = ("windows", "trained", "rebuilt", "accepted", "refused")
+TRIED = ("deferred", "tried", *COUNTS)
 AS_RESOLVED = Loop()
+log = logging.getLogger(__name__)
 
 
 class REPAIR(Windowed):
@@ -71,21 +74,24 @@ class REPAIR(Windowed):
         self.tau = loop.correct
         self.deferred: dict[int, int] = {}  # windows that an edit has waited for
         self.tried: dict[int, int] = {}  # rebuildings of a pool, by its name
-        self.rebuilt = self.accepted = 0
+        self.windows = 0  # trainings of a window
+        self.rebuilt = self.accepted = self.refused = 0
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
-        """Write edits into a shard of their own; merge the window when it is full."""
-        before, made = self.memory.pools.tables, dict(self.made)
+        """Write edits into a shard of their own, or into a pool with those that fill a window."""
+        before, made, numbers = self.memory.pools.tables, dict(self.made), {}
         try:
-            fit = self.write_apart(self.make_room(edits))
-            numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
-            if len(self.waiting) >= self.shards.merge:
-                numbers["false_activations"] = self._integrate()
+            edits = self.make_room(edits)
+            if len(self.waiting) + len(edits) < self.shards.merge:
+                fit = self.write_apart(edits)
+                numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
+            else:
+                numbers = {"false_activations": self._integrate(self.admit(edits))}
         except BaseException:  # as if the edits had not come
             self.memory.pools.tables, self.made = before, made
             raise
         sizes = {"waiting": len(self.waiting), "pools": len(self.memory.pools)}
-        counts = {name: getattr(self, name) for name in ("trained", "rebuilt", "accepted")}
+        counts = {name: getattr(self, name) for name in COUNTS}
         numbers |= {name: float(n) for name, n in (sizes | counts).items()}
         return numbers | self.health.rates()
 
@@ -101,33 +107,42 @@ class REPAIR(Windowed):
             setattr(self, name, copy(state[name]))
         self.health.scores = state["scores"]
 
-    def _integrate(self) -> float:
-        """Merge the edits that wait into a pool, and see to it that none is lost.
+    def _integrate(self, fresh: list[int]) -> float:
+        """Merge the edits that wait, and fresh ones, into a pool; see to it that none is lost.
 
-        Those that are lost stay out of it when it is trained again; who cannot be kept waits on.
+        Those that are lost answer from shards of their own again. Where that does not help, the
+        window is trained again without them; who cannot be kept waits on.
 
         Returns:
             Share of the held-out unrelated prompts that the pools claim.
         """
-        ids, before = self.waiting, self.memory.pools.tables
-        known = set(self.health.wrong())
+        ids, before = [*self.waiting, *fresh], self.memory.pools.tables
+        known = set(self.health.wrong()).difference(fresh)
         left: list[int] = []
         for _ in range(WINDOW_TRIES):
+            self.windows += 1
             left += self.train_window([i for i in ids if i not in left])
-            lost = set(self.health.wrong()) - known
-            if not (self.loop.enabled and lost):
+            if self.loop.enabled:
+                lost = set(self.health.wrong()) - known
+                left += [i for i in ids if i in lost and i not in left]
+            self.set_apart(left, before)
+            lost = set(self.health.wrong()) - known - set(fresh).intersection(left)
+            if not (self.loop.enabled and lost) or len(left) == len(ids):
                 break
             self.memory.pools.tables = before
-            left += [i for i in ids if i in lost and i not in left]
-            if len(left) == len(ids):
-                break
         else:
             left = ids
+            self.set_apart(left, before)
+        self._defer(left)
+        return self._repair() if self.loop.enabled else self.false_activations()
+
+    def _defer(self, left: list[int]) -> None:
+        """Let edits wait for a later window; those that may wait no longer keep their own pool."""
+        pools = self.memory.pools
         for i in left:
             self.deferred[i] = self.deferred.get(i, 0) + 1
-            if self.deferred[i] > self.regroup.deferrals:  # its own shard is its pool for good
-                self.memory.pools.open_P[self.memory.pools.homes[i]] = False
-        return self._repair() if self.loop.enabled else self.false_activations()
+            if self.deferred[i] > self.regroup.deferrals:
+                pools.open_P[pools.homes[i]] = False
 
     # the loop
 
@@ -138,26 +153,33 @@ class REPAIR(Windowed):
             pool = worst_pool(self.memory.pools, wrong, self.tried, self.loop)
             if pool is None:
                 break
+            failing = len(wrong)
             wrong, false = self._rebuild(pool, wrong, false)
+            assert len(wrong) <= failing, "a pool that was rebuilt made edits fail"
         return false
 
     def _rebuild(self, pool: int, wrong: list[int], false: float) -> tuple[list[int], float]:
         """Train a pool's edits and all failing ones again; return who fails, and false claims."""
-        pools, before = self.memory.pools, self.memory.pools.tables
+        pools, before = self.memory.pools, (self.memory.pools.tables, self.health.found)
         name, waiting = int(pools.name_P[pool]), self.waiting
         own = pools.members(pool)
         ids = own + [i for i in wrong if i not in own and i not in waiting]
-        robbed = {int(pools.name_P[pools.homes[i]]) for i in ids[len(own) :]}
+        robbed = self.homes_of(ids[len(own) :])
         tried = self.tried.get(name, 0)
         self.train_window(ids, MORE_STEPS**tried, may_leave=False)
-        for p, found in enumerate(pools.name_P.tolist()):
-            if found in robbed:
-                self._measure(p)
+        self.measure_again(robbed)
         after, claims = self.health.wrong(), self.false_activations()
         self.tried[name] = tried + 1
         self.rebuilt += 1
-        if len(after) < len(wrong) and set(after) <= set(wrong) and claims <= false:
+        is_better = len(after) < len(wrong) and set(after) <= set(wrong) and claims <= false
+        log.info(
+            "pool %d of %d edits rebuilt and %s: %d edits failed, %d do; claims of unrelated "
+            "prompts %.3f, %.3f", name, len(own), "taken" if is_better else "refused",
+            len(wrong), len(after), false, claims,
+        )  # fmt: skip
+        if is_better:
             self.accepted += 1
             return after, claims
-        pools.tables = before
-        return wrong, false
+        self.refused += 1
+        pools.tables, self.health.found = before
+        return self.health.wrong(), false

@@ -46,6 +46,7 @@ class Lesson:
     Args:
         rows: Rows of the edits, edit by edit, E x R; further rows behind them are not trained on.
         edits: Number E.
+        per_edit: Number R.
         others_BTF: The site's inputs for the unrelated texts, edit by edit, E x N.
         others_BT: Their prompt tokens.
     """
@@ -55,6 +56,20 @@ class Lesson:
     per_edit: int
     others_BTF: Tensor
     others_BT: Tensor
+
+    def part(self, edits: list[int]) -> Lesson:
+        """Return the lesson of these edits, in their order; nothing runs again."""
+        index_e = torch.tensor(edits, device=self.others_BT.device)
+
+        def of_each(many: int) -> Tensor:
+            place_m = torch.arange(many, device=index_e.device)
+            return (index_e[:, None] * many + place_m).flatten()
+
+        others = of_each(len(self.others_BT) // self.edits)
+        rows = self.rows.at(of_each(self.per_edit))
+        return Lesson(
+            rows, len(edits), self.per_edit, self.others_BTF[others], self.others_BT[others]
+        )
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,11 @@ class Fit:
 
 
 class _Loss:
-    """The loss of a lesson, and what it last saw."""
+    """The loss of a lesson, and what it last saw.
+
+    Edits that are done leave, and their rows with them. Where all have left, all are looked at
+    again: what others did since may have undone some.
+    """
 
     def __init__(
         self,
@@ -90,21 +109,40 @@ class _Loss:
         origin_DC: Tensor,
         wanted: Wanted,
     ) -> None:
-        self.memory, self.lesson, self.mask = memory, lesson, mask
+        self.memory, self.whole, self.mask = memory, lesson, mask
         self.leaf_DC, self.origin_DC, self.wanted = leaf_DC, origin_DC, wanted
-        rows = lesson.rows
+        blank_E = leaf_DC.new_zeros(lesson.edits)
+        blank_ED = leaf_DC.new_zeros(lesson.edits, len(leaf_DC))
+        self.found = blank_E, blank_E.clone(), blank_E.clone(), blank_ED
+        self.before_E: Tensor | None = None
+        self._turn_to(list(range(lesson.edits)))
+
+    def __call__(self, step: int) -> Tensor:
+        total, going = self._look()
+        if not going and len(self.edits) < self.whole.edits:
+            self._turn_to(list(range(self.whole.edits)))
+            total, going = self._look()
+        if going and len(going) < len(self.edits) and not self.wanted.as_released:
+            self._turn_to(going)
+        return total
+
+    def _turn_to(self, edits: list[int]) -> None:
+        """Look at these edits alone."""
+        every = len(edits) == self.whole.edits
+        self.edits, lesson = edits, self.whole if every else self.whole.part(edits)
+        self.lesson, rows = lesson, lesson.rows
         self.n = lesson.edits * lesson.per_edit
-        self.rows_BTC = rows.inputs_BTF.float()[..., mask.columns_C]
-        self.others_BTC = lesson.others_BTF.float()[..., mask.columns_C]
+        self.rows_BTC = rows.inputs_BTF.float()[..., self.mask.columns_C]
+        self.others_BTC = lesson.others_BTF.float()[..., self.mask.columns_C]
         size_B = rows.tokens.target_BT.sum(1)[: self.n]
-        self.weight_B = size_B / (size_B + 1) if wanted.as_released else torch.ones_like(size_B)
+        released = self.wanted.as_released
+        self.weight_B = size_B / (size_B + 1) if released else torch.ones_like(size_B)
         place_T = torch.arange(rows.tokens.prompt_BT.shape[1], device=size_B.device)
         bare = slice(0, self.n, lesson.per_edit)
         self.last_E = (rows.tokens.prompt_BT[bare] * place_T).argmax(1)
-        self.totals: list[Tensor] = []
-        self.found: tuple[Tensor, ...] = ()
 
-    def __call__(self, step: int) -> Tensor:
+    def _look(self) -> tuple[Tensor, list[int]]:
+        """Return the loss of the edits that are looked at, and which of them go on."""
         leaf_DC, gate_DC = self.leaf_DC - self.origin_DC, self.mask.gate_DC
         if gate_DC is not None:  # the same values; gradients where the gate is open
             leaf_DC = torch.where(gate_DC, leaf_DC, leaf_DC.detach())
@@ -122,17 +160,24 @@ class _Loss:
             torch.arange(edits, device=change_BTD.device), self.last_E
         ]
         total_E = loss_E + margins.weight * margin_E
-        done_E = self._are_done(total_E.detach())
-        self.totals.append(total_E.detach())
-        self.found = tuple(
-            t.detach() for t in (loss_E, inside_ER.mean(1), outside_EN.mean(1), signature_ED)
-        )
-        total = total_E[~done_E].sum()
+        done = self._are_done(total_E.detach()).tolist()
+        self._note(loss_E, inside_ER.mean(1), outside_EN.mean(1), signature_ED)
+        going = [edit for edit, is_done in zip(self.edits, done, strict=True) if not is_done]
+        total = total_E[[n for n, is_done in enumerate(done) if not is_done]].sum()
         pull = self.wanted.distillation
-        if pull.weight > 0 and not bool(done_E.all()):
-            pulled = inner_distillation(signature_ED, pull.cosine, pull.variance)
+        if pull.weight > 0 and going:
+            together_ED = self.found[3].index_copy(0, self._index(), signature_ED)
+            pulled = inner_distillation(together_ED, pull.cosine, pull.variance)
             total = total + pull.weight * pulled
-        return total
+        return total, going
+
+    def _index(self) -> Tensor:
+        return torch.tensor(self.edits, device=self.leaf_DC.device)
+
+    def _note(self, *found: Tensor) -> None:
+        """Keep what was found of the edits that are looked at."""
+        for kept, now in zip(self.found, found, strict=True):
+            kept.index_copy_(0, self._index(), now.detach().to(kept))
 
     def _scores(self, change_BTD: Tensor, others_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Return the routing scores of the edits' rows [E, R] and of the other texts [E, N]."""
@@ -148,9 +193,10 @@ class _Loss:
         """Return which edits take no further step, bool [E]."""
         if not self.wanted.as_released:
             return total_E <= self.wanted.fitting.stop_below
-        if not self.totals:
+        before_E, self.before_E = self.before_E, total_E
+        if before_E is None:
             return torch.zeros_like(total_E, dtype=torch.bool)
-        return ((total_E - self.totals[-1]).abs() <= SETTLED) & (total_E <= DONE)
+        return ((total_E - before_E).abs() <= SETTLED) & (total_E <= DONE)
 
 
 def train_shard(

@@ -117,12 +117,7 @@ class SideEdit(MemoryEdit):
         return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.weight_oi.device)
 
     def fit_shard(
-        self,
-        edits: list[Edit],
-        mask: Mask,
-        pool: int | None = None,
-        beside: Sequence[int] = (),
-        more: float = 1.0,
+        self, edits: list[Edit], mask: Mask, pool: int | None = None, beside: Sequence[int] = ()
     ) -> Fit:
         """Train a shard on edits together, from where a pool stands or from zero.
 
@@ -131,15 +126,18 @@ class SideEdit(MemoryEdit):
             mask: Where the shard may be written.
             pool: Pool to go on with.
             beside: Edits that will share a pool with these, to be held apart first.
-            more: Factor on the steps.
         """
+        return self.fit_lesson(self.lesson(edits, beside), mask, pool, 1.0)
+
+    def fit_lesson(self, lesson: Lesson, mask: Mask, pool: int | None, more: float) -> Fit:
+        """Train a shard on a lesson, `more` times as many steps; see `fit_shard`."""
         shape = self.memory.shape_oi[0], len(mask.columns_C)
-        start_DC = self.memory.weight_oi.new_zeros(shape, dtype=torch.float32)
+        start_DC = torch.zeros(shape, device=mask.columns_C.device, dtype=torch.float32)
         if pool is not None:
             start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
         fitting = replace(self.fitting, steps=round(self.fitting.steps * more))
         wanted = Wanted(fitting, self.margins, self.unit, self.distillation, self.compat)
-        return train_shard(self.memory, self.lesson(edits, beside), start_DC, mask, wanted)
+        return train_shard(self.memory, lesson, start_DC, mask, wanted)
 
     def lesson(self, edits: list[Edit], beside: Sequence[int] = ()) -> Lesson:
         """Return the rows of edits and what they are held against, run to the site."""

@@ -95,6 +95,43 @@ class Windowed(WISE):
         self.trained += len(edits)
         return fit
 
+    def admit(self, edits: list[Edit]) -> list[int]:
+        """Take in edits that go straight into a window; return their ids."""
+        self.made |= {e.id: e for e in edits}
+        self.health.know(self.made)
+        return [e.id for e in edits]
+
+    def set_apart(self, ids: list[int], before: dict[str, Tensor]) -> None:
+        """Let edits answer from the shards that they had before; those without get one each."""
+        pools = self.memory.pools
+        left = self.homes_of(ids)
+        homes = dict(zip(before["edit_M"].tolist(), before["home_M"].tolist(), strict=True))
+        for i in ids:
+            if i not in homes:
+                self.write_apart([self.made[i]])
+                continue
+            name = before["name_P"][homes[i]]
+            if not (pools.name_P == name).any():
+                shard = before["deltas"][homes[i]], before["columns_PC"][homes[i]]
+                pool = self.memory.write(None, *shard)
+                pools.name_P[pool] = name
+            pool = int((pools.name_P == name).nonzero())
+            pools.house([i], pool)
+            self._measure(pool)
+        self.memory.drop_empty()
+        self.measure_again(left)
+
+    def homes_of(self, ids: list[int]) -> set[int]:
+        """Return the names of the pools in which edits live."""
+        homes, names = self.memory.pools.homes, self.memory.pools.name_P.tolist()
+        return {names[homes[i]] for i in ids if i in homes}
+
+    def measure_again(self, names: set[int]) -> None:
+        """Find thresholds again of pools that some edits have left, by their names."""
+        for pool, name in enumerate(self.memory.pools.name_P.tolist()):
+            if name in names:
+                self._measure(pool)
+
     def strangers(self, edits: list[Edit], beside: Sequence[int], many: int) -> list[Tensor]:
         """Return what enters the site at other edits' prompts: those beside, then any, drawn."""
         own = {edit.id for edit in edits}
@@ -104,29 +141,32 @@ class Windowed(WISE):
 
     def _measure(self, pool: int) -> None:
         """Find the scores of a pool's own edits again, and its place among the others."""
-        super()._measure(pool)
+        pools, own_E = self.memory.pools, self.health.own_scores(pool)
+        if len(own_E):
+            pools.floor_P[pool], pools.typical_P[pool] = own_E.min(), own_E.mean()
         self.health.place(pool)
 
     def train_window(self, ids: list[int], more: float = 1.0, may_leave: bool = True) -> list[int]:
         """Train edits in batches of like ones, merge every few; return those that have left."""
         found: list[tuple[list[int], Fit, Mask]] = []
-        left: list[int] = []
         size, many = self.shards.save, self.shards.merge // self.shards.save
         for batch in self.regroup.deal(self.health.features(ids), size):
             members, mask = [ids[n] for n in batch], self.draw_mask(self.draw_seed())
-            fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids, more=more)
+            lesson = self.lesson([self.made[i] for i in members], beside=ids)
+            fit = self.fit_lesson(lesson, mask, None, more)
             apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED)
-            leaves = [False, *(apart_E[1:] > self.regroup.consistency).tolist()]  # the seed stays
-            if may_leave and self.regroup.by_likeness and any(leaves):
-                left += [i for i, leave in zip(members, leaves, strict=True) if leave]
-                members = [i for i in members if i not in left]
-                fit = self.fit_shard([self.made[i] for i in members], mask, beside=ids, more=more)
+            far_E = apart_E > self.regroup.consistency
+            stay = [n for n, is_far in enumerate(far_E.tolist()) if n == 0 or not is_far]
+            if may_leave and self.regroup.by_likeness and len(stay) < len(members):
+                members = [members[n] for n in stay]
+                fit = self.fit_lesson(lesson.part(stay), mask, None, more)
             self.trained += len(batch)
             found.append((members, fit, mask))
         for n in range(0, len(found), many):
             self._merge_fits(found[n : n + many])
         self.memory.drop_empty()
-        return left
+        kept = {i for members, _, _ in found for i in members}
+        return [i for i in ids if i not in kept]
 
     def _merge_fits(self, found: list[tuple[list[int], Fit, Mask]]) -> None:
         """Merge shards into a closed pool, weighted by how well they have learned."""

@@ -330,7 +330,7 @@ def test_an_edit_that_diverges_leaves_all_as_it_was(make):
 
 
 def test_a_pool_is_placed_so_that_known_edits_find_their_own(make):
-    lm = make(routing=SideRouting(over="last", pick="typical"), regroup=TOGETHER)
+    lm = make(routing=SideRouting(over="last", pick="typical"), regroup=TOGETHER, loop=NO_LOOP)
     write(lm, STREAM[:5])
     pools, health = lm.method.memory.pools, lm.method.health
     assert pools.homes == {0: 0, 1: 0, 2: 0, 3: 0, 4: 1}
