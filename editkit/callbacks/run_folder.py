@@ -214,8 +214,8 @@ class RunFolder(Callback):
         )
         summary = summarise(self.rows, immediate, facts, pl_module.evaluation)
         summary["protocol"] |= stamp(trainer, pl_module)
-        for callback in trainer.callbacks:
-            summary |= getattr(callback, "for_summary", dict)()
+        for teller in (pl_module, *trainer.callbacks):
+            summary |= getattr(teller, "for_summary", dict)()
         return summary
 
     @rank_zero_only

@@ -25,6 +25,7 @@ from editkit.lm.sites import Site
 from editkit.methods.shards import Loop
 
 AT_ONCE = 256  # edits that are answered at a time
+Found = tuple[Tensor, list[int], list[int], dict[int, tuple[int, bool]]]
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,12 @@ class Health:
         self.answers: dict[int, tuple[int, bool]] = {}  # pool's name, and whether right
 
     @property
-    def scores(self) -> tuple[Tensor, list[int], list[int]]:
-        """What is known of edits (rows) in pools (columns), whose thresholds rest on its bits."""
-        return self.score_EP, self.edits, self.names
-
-    @scores.setter
-    def scores(self, scores: tuple[Tensor, list[int], list[int]]) -> None:
-        self.score_EP, self.edits, self.names = scores
-        self.kept, self.answers = {}, {}
-
-    @property
-    def found(self) -> tuple[Tensor, list[int], list[int], dict[int, tuple[int, bool]]]:
-        """Scores and answers; setting it goes back with the pools, bit for bit."""
-        return *self.scores, dict(self.answers)
+    def found(self) -> Found:
+        """What is known of edits (rows) in pools (columns), on whose bits thresholds rest."""
+        return self.score_EP, self.edits, self.names, dict(self.answers)
 
     @found.setter
-    def found(
-        self, found: tuple[Tensor, list[int], list[int], dict[int, tuple[int, bool]]]
-    ) -> None:
+    def found(self, found: Found) -> None:
         self.score_EP, self.edits, self.names, answers = found
         self.answers = dict(answers)
 

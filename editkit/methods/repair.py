@@ -90,22 +90,29 @@ class REPAIR(Windowed):
         except BaseException:  # as if the edits had not come
             self.memory.pools.tables, self.made = before, made
             raise
+        return numbers | self.counted()
+
+    def counted(self) -> dict[str, float]:
+        """Return how many edits wait and pools there are, what was tried, and who finds what."""
         sizes = {"waiting": len(self.waiting), "pools": len(self.memory.pools)}
-        counts = {name: getattr(self, name) for name in COUNTS}
-        numbers |= {name: float(n) for name, n in (sizes | counts).items()}
-        return numbers | self.health.rates()
+        counts = sizes | {name: getattr(self, name) for name in COUNTS}
+        return {name: float(n) for name, n in counts.items()} | self.health.rates()
+
+    def for_summary(self) -> dict[str, Any]:
+        """Return what `summary.json` tells of the loop."""
+        return {"loop": self.counted()}
 
     def stream_state(self) -> dict[str, Any]:
         """Return what has been tried beside the texts of the edits."""
         own = {name: getattr(self, name) for name in TRIED}
-        return {**super().stream_state(), **own, "scores": self.health.scores}
+        return {**super().stream_state(), **own, "found": self.health.found}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
         super().load_stream_state(state)
         for name in TRIED:
             setattr(self, name, copy(state[name]))
-        self.health.scores = state["scores"]
+        self.health.kept, self.health.found = {}, state["found"]
 
     def _integrate(self, fresh: list[int]) -> float:
         """Merge the edits that wait, and fresh ones, into a pool; see to it that none is lost.

@@ -4,8 +4,11 @@ A routed row says in `route` which edit answered its prompt (`edit_id`, None for
 model) and how well the best stored key fits (`match`). Rows without it count nowhere.
 
     self_match          edited prompts that their own edit answers
-    rejected            other wordings of them that the unedited model answers
+    self_wrong          edited prompts that another edit answers
+    self_rejected       edited prompts that the unedited model answers
+    right_route         other wordings of them that their own edit answers
     wrong_route         other wordings of them that another edit answers
+    rejected            other wordings of them that the unedited model answers
     false_activations   prompts to be left alone that some edit answers
 """
 
@@ -25,10 +28,15 @@ def routed(rows: Iterable[Mapping[str, Any]]) -> dict[str, tuple[list[float], li
             continue
         answerer, own = row["route"]["edit_id"], row["edit_id"]
         hits = {
-            "reliability": {"self_match": answerer == own},
+            "reliability": {
+                "self_match": answerer == own,
+                "self_wrong": answerer not in (None, own),
+                "self_rejected": answerer is None,
+            },
             "generalization": {
-                "rejected": answerer is None,
+                "right_route": answerer == own,
                 "wrong_route": answerer not in (None, own),
+                "rejected": answerer is None,
             },
             "locality": {"false_activations": answerer is not None},
         }

@@ -24,6 +24,7 @@ A line of `probes.jsonl` is a row of `editkit.metrics.evaluate` with its moment:
     by_age      [{age: [from, to], edits, scores}], newest first
     routing     rate: estimate over the final rows, where a memory picks who answers
                 (`editkit.metrics.routing`); empty elsewhere
+    loop        name: number, what a method that checks and mends itself counted; else missing
     uncounted   kind: rows left out
     protocol    how rows were scored, and what a run is stamped with
 

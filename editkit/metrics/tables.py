@@ -79,6 +79,8 @@ def _caption(summary: dict[str, Any]) -> str:
     if rates := summary.get("routing"):
         told = [f"{name} {_number(cell['value'])}" for name, cell in rates.items()]
         parts.append("routing: " + ", ".join(told).replace("_", " "))
+    if loop := summary.get("loop"):
+        parts.append(", ".join(f"{name} {value:.3g}" for name, value in loop.items()))
     if summary["seconds_per_edit"] is not None:
         parts.append(f"{summary['seconds_per_edit']:.3g} s per edit")
     if summary["peak_memory_bytes"] is not None:

@@ -88,6 +88,9 @@ def routing(runs: Sequence[Run]) -> Iterable[Row]:
         for seen, rows in run.asked.items():
             for name, cell in routing_table(rows).items():
                 yield _row(cell, run, edits_seen=seen, rate=name)
+        for name, value in run.summary.get("loop", {}).items():
+            seen = run.summary["edits_seen"]
+            yield {"run": run.name, "edits_seen": seen, "rate": name, "value": value}
 
 
 def harness(runs: Sequence[Run]) -> Iterable[Row]:

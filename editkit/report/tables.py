@@ -117,8 +117,8 @@ def _of_runs(runs: Sequence[Run]) -> dict[str, Table]:
         ),
         "routing": _table(
             "Routing by edits seen",
-            "Edited prompts answered by their own edit; other wordings that no edit, or another "
-            "one, answers; prompts to be left alone that some edit answers.",
+            "Edited prompts and other wordings that their own edit, another one or none answers; "
+            "prompts to be left alone that some edit answers; what a method's own loop counted.",
             rows.routing(runs),
             ("run", "edits_seen", "rate", *rows.ESTIMATE),
         ),

@@ -29,7 +29,9 @@ ROWS = [
     row("locality", 1, 0),
     row("portability", 0, None),
 ]
-RATES = {"self_match": 0.5, "rejected": 0.25, "wrong_route": 0.5, "false_activations": 0.5}
+WORDINGS = {"right_route": 0.25, "wrong_route": 0.5, "rejected": 0.25}
+OWN = {"self_match": 0.5, "self_wrong": 0.5, "self_rejected": 0.0}
+RATES = {**OWN, **WORDINGS, "false_activations": 0.5}
 
 
 def test_rates_count_each_kind_of_error_apart():
@@ -37,7 +39,7 @@ def test_rates_count_each_kind_of_error_apart():
     table = routing_table(ROWS)
     assert {name: cell["value"] for name, cell in table.items()} == RATES
     assert (table["rejected"]["n"], table["rejected"]["edits"]) == (4, 2)
-    assert routing_rates(ROWS[2:6]) == {"rejected": 0.25, "wrong_route": 0.5}
+    assert routing_rates(ROWS[2:6]) == WORDINGS
 
 
 @pytest.mark.parametrize("is_routed", [True, False])
@@ -47,4 +49,7 @@ def test_a_summary_tells_where_prompts_were_routed(is_routed):
     summary = summarise(rows, rows, facts, EvalProtocol())
     assert {k: v["value"] for k, v in summary["routing"].items()} == (RATES if is_routed else {})
     caption = summary_table(summary).caption
-    assert ("routing: self match 0.500, rejected 0.250" in caption) == is_routed
+    assert (
+        "routing: self match 0.500, self wrong 0.500, self rejected 0.000, right route 0.250"
+        in caption
+    ) == is_routed
