@@ -28,10 +28,15 @@ def cells(grid: dict) -> list[tuple[str, int]]:
     return [(method, seed) for seed in grid["seeds"] for method in grid["methods"]]
 
 
+def flat(options: list) -> list[str]:
+    """Return options in a row; a grid shares lists of them between methods, inside one another."""
+    return [o for one in options for o in (flat(one) if isinstance(one, list) else [one])]
+
+
 def cell_of(name: str, grid: dict, method: str, seed: int) -> Cell:
     """Return the run of one method and seed."""
     folder = RUNS / name / f"{slug(method)}-{seed}"
-    path, *options = grid["methods"][method]
+    path, *options = flat(grid["methods"][method])
     args = [
         "fit", f"--model={path}", *grid.get("options", []),
         *options, f"--model.seed={seed}", f"--data.seed={seed}", f"--seed_everything={seed}",

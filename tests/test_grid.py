@@ -12,6 +12,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import grid
 
 
+def test_shared_options_come_before_a_methods_own():
+    side = ["--a=1", "--b=2"]
+    methods = {"x": ["x.yaml", [side, "--b=3"], "--c=4"]}
+    args = grid.cell_of("g", {"options": ["--o=0"], "methods": methods}, "x", 5).args
+    assert args[:7] == ("fit", "--model=x.yaml", "--o=0", "--a=1", "--b=2", "--b=3", "--c=4")
+
+
 def save_run(folder, losses_L, D=2.0):
     """Write the numbers of a run with one queue a layer, as a run logs them."""
     folder.mkdir()

@@ -17,10 +17,14 @@ and all that fail are regrouped and trained into a new one (Alg. 4).
 
 Deviations from the paper, which leaves much open:
     - An edit is written at once, into a shard of its own, and answers from there; the last ones of
-      a stream, fewer than a window, stay there. The others are trained again with their window.
-      With the loop on, a window is taken only if every edit that was answered right still is: it
-      is trained again without those of its own that are not, up to three times, and these wait for
-      a later window, `regroup.deferrals` times at most, and keep their shard for good then.
+      a stream, fewer than a window, stay there. The others are trained again with their window; a
+      batch of edits that fills the window goes straight into it and is trained once.
+      With the loop on, a window is taken only if every edit that was answered right still is. Those
+      of its own that are not answer from their shards again; if that does not help, it is trained
+      again without them, up to three times. They wait for a later window, `regroup.deferrals`
+      times at most, and keep their shard for good then.
+    - An edit of a batch that is done leaves the descent, with its rows; all are looked at again
+      when all have left, and those that others have moved since go on.
     - Each batch gets a fresh shard. Assignment by largest score, as printed, sends all to one.
     - Prompts of other edits, those of the same window first, are half of the unrelated texts.
     - r_j counts all edits that live in j. Counted among failures alone, as printed, it is 1.
@@ -36,10 +40,14 @@ Deviations from the paper, which leaves much open:
     - A pool's threshold is also kept above what other edits score there, where that leaves its own
       above it (eq. 3: edits > tau > unrelated). Routing, scores and margins are as in WISE here.
 
+Counted, logged, and told in the summary and the report: windows and edits trained, pools rebuilt,
+accepted and refused, edits that find their own pool, another or none, and edits that fail, whose
+number no rebuilding may raise.
+
 Undo is exact while an edit has a shard to itself; one that is merged is refused.
 
-Costs: beside WISE's, each edit is trained twice or more, and its inputs and states at the site are
-kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without running the model below.
+Costs: beside WISE's, each edit that comes alone is trained twice, and its inputs and states at the
+site are kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without running the model below.
 """
 
 from __future__ import annotations

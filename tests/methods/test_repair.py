@@ -95,11 +95,69 @@ def test_no_edit_is_lost_when_its_window_is_merged(make):
     """Also where shards of few steps merge badly: what fails there keeps its own."""
     lm = make(shards=Shards(density=0.9, save=1, merge=4, keep=0.1))
     write(lm, STREAM[:3])
-    before = is_right(lm, STREAM[:3])
+    before, pools = is_right(lm, STREAM[:3]), lm.method.memory.pools
+    shards = {i: pools.deltas[p].detach().clone() for i, p in pools.homes.items()}
     write(lm, STREAM[3:4])
     after = is_right(lm, STREAM[:4])
     assert all(now for was, now in zip(before, after, strict=False) if was)
     assert set(lm.method.waiting) == set(lm.method.deferred)
+    kept = [i for i in lm.method.waiting if i in shards]
+    assert kept
+    for i in kept:  # nothing trained it again
+        assert torch.equal(pools.deltas[pools.homes[i]], shards[i])
+
+
+def test_a_window_that_comes_whole_is_trained_once(make):
+    lm = make(regroup=TOGETHER, loop=NO_LOOP)
+    numbers = lm.edit_batch(STREAM[:4])
+    assert (numbers["trained"], numbers["pools"], numbers["waiting"]) == (4, 1, 0)
+    assert sorted(lm.method.memory.pools.members(0)) == [0, 1, 2, 3]
+    lm.edit_batch(STREAM[4:6])
+    numbers = lm.edit_batch(STREAM[6:8])  # two that wait, in a shard together, and two more
+    assert (numbers["trained"], numbers["pools"], numbers["waiting"]) == (10, 2, 0)
+
+
+def test_of_a_whole_window_too_no_edit_is_lost(make):
+    lm = make(shards=Shards(density=0.9, save=1, merge=4, keep=0.1))
+    lm.edit_batch(STREAM[:4])
+    assert lm.method.deferred  # merging such shards fails
+    assert is_right(lm, STREAM[:4]) == [True] * 4
+
+
+# the descent
+
+
+def test_part_of_a_lesson_is_what_it_was_in_the_whole(make):
+    lm = make()
+    lesson = lm.method.lesson(STREAM[:4])
+    part, many = lesson.part([3, 1]), lesson.per_edit
+    out = lm.method.memory.shape_oi[0]
+    added = torch.randn(*lesson.rows.inputs_BTF.shape[:2], out)
+    whole_B = lesson.rows.losses(added)
+    rows = [3 * many, 3 * many + 1, many, many + 1]
+    index = torch.tensor(rows)
+    width = lesson.rows.columns(index)
+    assert many == 2
+    found_B = part.rows.losses(added[index][:, width])
+    assert (found_B - whole_B[index]).abs().max() < 1e-4
+    each = len(lesson.others_BT) // 4
+    assert torch.equal(part.others_BTF[:each], lesson.others_BTF[3 * each :])
+
+
+def test_every_edit_of_a_batch_is_done_at_the_end(make):
+    """Also one that left early and was moved by the others since."""
+    lm = make(
+        fitting=Fitting(steps=100, lr=0.03, optimizer="adam", stop_below=0.5),
+        margins=Margins(weight=0.0),
+        distillation=Distillation(weight=0.0),
+    )
+    method = lm.method
+    lesson, mask = method.lesson(STREAM[:4]), method.draw_mask(1)
+    fit = method.fit_lesson(lesson, mask, None, 1.0)
+    assert fit.steps < 100
+    loss_B = lesson.rows.losses(lesson.rows.inputs_BTF @ fit.delta_DC.T)
+    assert float(loss_B.view(4, -1).mean(1).max()) <= 0.5
+    assert torch.allclose(loss_B.view(4, -1).mean(1), fit.losses_E, atol=1e-5)
 
 
 def test_what_may_wait_no_longer_keeps_its_own_pool_for_good(make):
@@ -195,6 +253,9 @@ def test_a_rebuilt_pool_is_taken_only_where_it_helps(traced):
     lm, numbers = traced
     trace = lm.method.trace
     assert len(trace) == lm.method.rebuilt == numbers[-1]["rebuilt"] > 1
+    told = lm.method.for_summary()["loop"]
+    assert told["accepted"] + told["refused"] == told["rebuilt"] == len(trace)
+    assert told["right_pool"] + told["wrong_pool"] + told["no_pool"] == pytest.approx(1.0)
     for wrong, after, false, claims, taken, same in trace:
         assert taken != same  # what is not taken is put back bit for bit
         if taken:
