@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -23,11 +24,12 @@ from editkit.edits import Edit
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.summary import write_json
 from editkit.retention.answers import BASE, DONE, EDITED, REAPPLIED, Rows
-from editkit.retention.asking import ask_base, ask_downstream, ask_items
+from editkit.retention.asking import ask_downstream, ask_items
 from editkit.retention.drift import Before, drift, look
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import Item
 from editkit.retention.objectives import Objective
+from editkit.retention.shared import Known
 
 LOOK = "before.safetensors"
 ARM_ORDER: tuple[Arm, ...] = ("edited", "control", "identity")
@@ -45,6 +47,7 @@ class Questions:
         faithful: Also score as Wen & Zhang do.
         texts: Held-out texts on which drift is measured.
         edits: Edits whose keys are followed.
+        known: Answers that other runs have found.
     """
 
     items: Sequence[Item]
@@ -53,6 +56,7 @@ class Questions:
     faithful: bool
     texts: Sequence[str]
     edits: Sequence[Edit]
+    known: Known
 
 
 class Watch(Callback):
@@ -86,11 +90,12 @@ class Watch(Callback):
             pl_module.note_start([*rows], questions.evaluation.batch_size)
             with method.lm.unedited():
                 self._note("downstream_base", pl_module)
-                base = ask_base(method, questions.items, questions.faithful)
+                base = questions.known.rows(method, False, partial(self._ask, pl_module))
             self._write(BASE, base)
             if pl_module.arm != "control":
                 self._note("downstream_before", pl_module)
-                self._write(EDITED, self._ask(pl_module))
+                edited = questions.known.rows(method, True, partial(self._ask, pl_module))
+                self._write(EDITED, edited)
             self.before = look(method.lm, questions.texts, questions.edits)
         if trainer.is_global_zero:
             self.before.save(self.folder / LOOK)

@@ -30,8 +30,9 @@ from editkit.retention.arms import (
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import facts_of, fingerprint, freeze, make_items
 from editkit.retention.objectives import Objective
-from editkit.retention.result import control_key, write_result
+from editkit.retention.result import write_result
 from editkit.retention.settings import Settings, parser
+from editkit.retention.shared import control_name, known_answers, sole
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
 from editkit.trainer_cli import no_orphans
@@ -76,6 +77,8 @@ class Retention:
                 f"trainer.max_epochs is {config.trainer.max_epochs}; the length is --data.steps, "
                 "which deals the rows anew as often as it takes"
             )
+        if self.settings.shared is not None and config.trainer.devices != 1:
+            raise ValueError("retain.shared is for runs on one device; leave it out")
         self.run = EditedRun(Path(config.run), config.trust)
         self.folder = Path(config.out or self.run.folder / "retention" / self.objective.name)
         self.items = make_items(self.run, self.built.probes)
@@ -88,6 +91,8 @@ class Retention:
     def finish(self) -> Path:
         """Run the arms that are not done, then write the results and the report."""
         try:
+            if self._shares("control"):
+                self.run_arm("control", wait=False)
             for arm in ARM_ORDER:
                 if arm in self.settings.arms:
                     self.run_arm(arm)
@@ -103,16 +108,28 @@ class Retention:
 
     def arm_folder(self, arm: Arm) -> Path:
         """Return where an arm's answers lie."""
-        shared = self.settings.controls
-        if arm == "control" and shared is not None and not self.settings.reapply:
-            return shared / control_key(self)
+        if self._shares(arm) and self.settings.shared is not None:
+            return self.settings.shared / control_name(self)
         return self.folder / "arms" / arm
 
-    def run_arm(self, arm: Arm) -> None:
-        """Fine-tune one arm, unless that is done."""
+    def run_arm(self, arm: Arm, wait: bool = True) -> None:
+        """Fine-tune one arm, unless that is done.
+
+        Args:
+            arm: Its name.
+            wait: Wait where another run is at it, or else leave it.
+        """
         folder = self.arm_folder(arm)
-        if (folder / DONE).exists():
-            return
+        with sole(folder, self._shares(arm), wait) as is_mine:
+            if is_mine and not (folder / DONE).exists():
+                self._run(arm, folder)
+
+    def _shares(self, arm: Arm) -> bool:
+        """Whether other runs may have this arm, too."""
+        told = self.settings
+        return arm == "control" and arm in told.arms and bool(told.shared) and not told.reapply
+
+    def _run(self, arm: Arm, folder: Path) -> None:
         module = FineTuneEdited(
             run=self.run.folder, loss=self.objective.loss, arm=arm, trust=self.config.trust,
             **self.built.model.as_dict(),
@@ -133,7 +150,7 @@ class Retention:
             self.items, self.evaluation, self.settings.at,
             self.settings.mode == "ret_faithful",
             texts or [row.text for row in self.objective.tests][: self.settings.drift_texts],
-            [*self.run.standing.values()][: self.settings.drift_edits],
+            [*self.run.standing.values()][: self.settings.drift_edits], known_answers(self),
         )  # fmt: skip
         watch = Watch(folder, questions, self.objective, self.settings.reapply)
         given = options["callbacks"] or []

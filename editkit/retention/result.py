@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import editkit
@@ -24,7 +22,6 @@ from editkit.retention.outcome import (
     match_facts,
     rates,
 )
-from editkit.retention.trainable import Freeze
 
 if TYPE_CHECKING:
     from editkit.retention.cli import Retention
@@ -93,7 +90,7 @@ def _summary(
     if "control" in arms:
         control = told["control", arms["control"].last]
         found["control"] = control_rates(control) | against_control(end, control)
-        found["control"]["drift"] = arms["control"].numbers["drift"]
+        found["control"]["drift"] = {"kl": arms["control"].numbers["drift"]["kl"]}
     if "identity" in arms:
         found["identity"] = _identity(told["identity", arms["identity"].last])
     for (arm, _), rows in told.items():
@@ -193,31 +190,3 @@ def plan_sha256(plan: Sequence[Example]) -> str:
     for row in plan:
         digest.update(repr((row.prompt, row.target, row.rejected)).encode())
     return digest.hexdigest()
-
-
-def control_key(made: Retention) -> str:
-    """Name a control arm by all that its outcome depends on.
-
-    The edits themselves are not among it: they are switched off. Where the layers that hold them
-    decide what is frozen, the names of these count.
-    """
-    frozen: Freeze = made.built.model.freeze
-    sites = [] if frozen.policy == "none" else _edited_tensors(made.run.folder)
-    model = made.config.model.as_dict() | {"scope": "backbone"}
-    told = [
-        made.run.artefact["base"]["hash"], made.sha, sites, model, plan_sha256(made.objective.plan),
-        [repr(row) for row in made.objective.tests], made.evaluation.describe(),
-        made.settings.at, made.settings.mode, made.objective.batch_size,
-        made.settings.drift_texts, made.settings.drift_edits, made.config.seed_everything,
-        made.config.trainer.as_dict(),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _edited_tensors(folder: Path) -> list[str]:
-    from safetensors import safe_open
-
-    from editkit.adapters.io import TENSORS
-
-    with safe_open(folder / TENSORS, "pt") as tensors:
-        return sorted(tensors.keys())

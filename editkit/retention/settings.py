@@ -41,8 +41,8 @@ class Settings:
         drift_texts: Held-out texts on which drift is measured.
         drift_edits: Edits whose keys are followed.
         checkpoint_every: Steps between two checkpoints to resume from.
-        controls: Folder in which control arms are shared by runs that fine-tune the same base on
-            the same rows in the same way and ask the same questions; none keeps it in the run.
+        shared: Folder of what runs have in common: control arms of the same base on the same rows
+            in the same way, and answers before fine-tuning; none keeps all in the run.
     """
 
     arms: tuple[Arm, ...] = ("edited", "control", "identity")
@@ -52,7 +52,7 @@ class Settings:
     drift_texts: int = 50
     drift_edits: int = 100
     checkpoint_every: int = 200
-    controls: Path | None = None
+    shared: Path | None = None
 
     def __post_init__(self) -> None:
         """Check user input."""

@@ -14,8 +14,9 @@ from random import Random
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import safe_open
 
-from editkit.adapters.io import read_config
+from editkit.adapters.io import TENSORS, read_config
 from editkit.callbacks.folder import EDITS, SUMMARY
 from editkit.callbacks.rows import read_rows
 from editkit.data.base import EditDataModule
@@ -107,6 +108,15 @@ class EditedRun:
         config = parser.parse_object({"data": told})
         stream: EditDataModule = instantiate(parser, config).data
         return stream
+
+    @property
+    def sites(self) -> list[str]:
+        """Paths of the layers that hold the edits; of older runs, names of their tensors."""
+        told = self.artefact.get("sites")
+        if told is None:
+            with safe_open(self.folder / TENSORS, "pt") as tensors:
+                told = tensors.keys()
+        return sorted(told)
 
     @cached_property
     def standing(self) -> dict[int, Edit]:

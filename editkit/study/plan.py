@@ -93,7 +93,7 @@ class Study:
                 "retain", f"--run={edited}", f"--config={path}", *self.retain, *options,
                 *told.get("retain", []), f"--data.seed={seed}", f"--probes.seed={seed}",
                 f"--seed_everything={seed}", f"--model.seed={seed}", f"--out={tuned}",
-                f"--retain.controls={root / 'controls'}", "--trainer.enable_progress_bar=false",
+                f"--retain.shared={root / 'shared'}", "--trainer.enable_progress_bar=false",
                 "--report=false",
             ]  # fmt: skip
             found[tuned] = Cell(tuned.name, tuned, _filled(args, seed), (edited,))

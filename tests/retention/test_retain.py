@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 
 import pytest
 
 from editkit.retention.outcome import against_control, control_rates, rates
+from editkit.retention.shared import sole
 
 
 def summary_of(folder):
@@ -106,17 +108,59 @@ def test_a_killed_arm_goes_on_and_ends_the_same(retain, monkeypatch):
     assert not list(cut.rglob("*.safetensors"))
 
 
-def test_controls_are_shared_by_runs_that_differ_in_nothing_they_depend_on(retain, tmp_path):
-    shared = f"--retain.controls={tmp_path / 'controls'}"
+def arms_in(folder):
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/done.json")}
+
+
+def test_what_runs_have_in_common_is_found_once_and_changes_nothing(retain, tmp_path):
+    shared = f"--retain.shared={tmp_path / 'shared'}"
+    _, alone = retain(out="alone")
     _, one = retain(shared, out="one")
-    made = list((tmp_path / "controls").iterdir())
-    stamp = (made[0] / "done.json").stat().st_mtime_ns
-    retain(shared, out="two")
-    assert [p.name for p in (tmp_path / "controls").iterdir()] == [made[0].name]
-    assert (made[0] / "done.json").stat().st_mtime_ns == stamp
-    retain(shared, "--model.lr=0.02", out="three")
-    assert len(list((tmp_path / "controls").iterdir())) == 2
-    assert "control" in summary_of(one)
+    made = arms_in(tmp_path / "shared")
+    answers = {p: p.stat().st_mtime_ns for p in (tmp_path / "shared").glob("answers-*")}
+    assert (len(made), len(answers)) == (1, 2)  # a control; the base's answers and the edited's
+    _, two = retain(shared, out="two")
+    assert arms_in(tmp_path / "shared") == made
+    assert {p: p.stat().st_mtime_ns for p in answers} == answers
+    assert lines_of(alone) == lines_of(one) == lines_of(two)
+    _, other = retain(shared, "--model.lr=0.02", out="other")
+    assert len(arms_in(tmp_path / "shared")) == 2
+    assert {p: p.stat().st_mtime_ns for p in answers} == answers
+    assert "control" in summary_of(other)
+
+
+def test_a_control_that_another_run_is_at_is_waited_for_last(retain, tmp_path, monkeypatch):
+    from editkit.retention import cli
+
+    order, real = [], cli.Retention._run
+    busy = [True]
+
+    @contextmanager
+    def sole(folder, is_shared, wait):
+        yield not is_shared or wait or not busy[0]
+
+    def run(self, arm, folder):
+        order.append(arm)
+        real(self, arm, folder)
+
+    monkeypatch.setattr(cli, "sole", sole)
+    monkeypatch.setattr(cli.Retention, "_run", run)
+    args = (f"--retain.shared={tmp_path / 'shared'}", "--retain.arms=[edited,control]")
+    retain(*args, out="late")
+    busy[0] = False
+    retain(*args, "--model.lr=0.02", out="first")
+    assert order == ["edited", "control", "control", "edited"]
+
+
+def test_a_shared_control_is_held_by_one_run(tmp_path):
+    with sole(tmp_path / "a" / "b", True, False) as first:
+        with sole(tmp_path / "a" / "b", True, False) as second:
+            assert first
+            assert not second
+        with sole(tmp_path / "a" / "b", False, False) as own:
+            assert own
+    with sole(tmp_path / "a" / "b", True, False) as again:
+        assert again
 
 
 def test_edits_put_on_afterwards_and_the_protocol_of_wen_and_zhang(retain):

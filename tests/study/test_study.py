@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from editkit.cli import main
-from editkit.study.cells import Cell, run_cells
+from editkit.study.cells import Cell, run_cells, run_one
 from editkit.study.numbers import collect
 from editkit.study.page import write_study
 from editkit.study.plan import read_study
@@ -101,6 +101,20 @@ def test_done_runs_are_not_run_again_and_a_failed_one_stops_its_followers(tmp_pa
     assert ran == ["a", "a+"]
     with pytest.raises(ValueError, match="jobs is 0"):
         run_cells(cells, 0, news.append, run)
+
+
+@pytest.fixture
+def light(monkeypatch):
+    """Processes that import nothing heavy."""
+    monkeypatch.setattr("editkit.study.cells.PRELOADED", ())
+
+
+def test_a_cell_is_the_command_in_a_process_of_its_own(tmp_path, light):
+    good, bad = Cell("a", tmp_path / "a", ("--version",)), Cell("b", tmp_path / "b", ("nonsense",))
+    assert run_one(good) == 0
+    assert good.log.read_text().startswith("editkit ")
+    assert run_one(bad) == 1
+    assert "no verb 'nonsense'" in bad.log.read_text()
 
 
 def line(arm, item, base, edited, tuned, kind="rewrite", letter="E", step=4):
