@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +119,67 @@ def test_a_cell_is_the_command_in_a_process_of_its_own(tmp_path, light):
     assert good.log.read_text().startswith("editkit ")
     assert run_one(bad) == 1
     assert "no verb 'nonsense'" in bad.log.read_text()
+
+
+STUB = """
+import os, time
+from pathlib import Path
+import editkit.cli
+
+def main(args):
+    folder = Path(args[0])
+    folder.mkdir(exist_ok=True)
+    (folder / "pid").write_text(str(os.getpid()))
+    while not (folder.parent / "go").exists() and folder.name != "a":
+        time.sleep(0.02)
+    (folder / "summary.json").write_text("{}")
+    return 0
+
+editkit.cli.main = main
+"""
+GRID = """
+import sys
+from pathlib import Path
+from editkit.study import cells
+
+cells.PRELOADED = ("stub",)
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    grid = [cells.Cell(n, root / n, (str(root / n),)) for n in "abc"]
+    assert not cells.run_cells(grid, 1, print)
+"""
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(claim) -> None:
+    end = time.monotonic() + 60
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_grid_takes_its_cell_along_and_goes_on_where_it_was(tmp_path):
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "grid.py").write_text(GRID)
+    command = [sys.executable, str(tmp_path / "grid.py"), str(tmp_path)]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    place = {"env": {**os.environ, "PYTHONPATH": paths}, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **place) as first:
+        wait_for(lambda: (tmp_path / "b" / "pid").exists() and (tmp_path / "b" / "pid").read_text())
+        first.kill()
+    cell = int((tmp_path / "b" / "pid").read_text())
+    wait_for(lambda: not is_running(cell))
+    assert not (tmp_path / "b" / "summary.json").exists()
+    stamp = (tmp_path / "a" / "summary.json").stat().st_mtime_ns
+    (tmp_path / "go").touch()
+    subprocess.run(command, check=True, **place)
+    assert (tmp_path / "a" / "summary.json").stat().st_mtime_ns == stamp
+    assert (tmp_path / "c" / "summary.json").exists()
 
 
 def line(arm, item, base, edited, tuned, kind="rewrite", letter="E", step=4):
