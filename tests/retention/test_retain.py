@@ -35,6 +35,7 @@ def test_a_run_has_its_control_its_identity_and_leaves_the_edited_model_alone(re
     assert [c["step"] for c in summary["checkpoints"]] == [2, 4]
     assert summary["downstream"]["tuned"] < summary["downstream"]["edited"]  # perplexity falls
     assert summary["drift"]["kl"] > 0
+    assert min(*summary["drift"]["activations"].values(), *summary["drift"]["keys"].values()) > 0
     assert not list(folder.rglob("*.ckpt"))
     # the numbers can be made again from the lines
     end = [r for r in told if r["arm"] == "edited" and r["ckpt_step"] == 4]
