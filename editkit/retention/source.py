@@ -183,12 +183,11 @@ class EditedRun:
         """Draw statements about subjects that the base model never read of; none on real data."""
         if self.world is None:
             return []
-        other = World(self.world.seed + 1, self.world.size)
         rng = Random(f"unknown {seed}")
-        known = set(self.world.group)
-        facts = [fact for fact in other.facts if fact.subject not in known]
+        told = {edit.subject for edit in self.data.edits}
+        facts = [fact for fact in self.world.strangers if fact.subject not in told]
         return [
-            Edit(i, other.prompt(fact, rng.choice(fact.trained)), fact.object, fact.subject,
+            Edit(i, self.world.prompt(fact, rng.choice(fact.trained)), fact.object, fact.subject,
                  relation=fact.relation)
             for i, fact in enumerate(rng.sample(facts, min(count, len(facts))))
         ]  # fmt: skip
