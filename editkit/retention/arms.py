@@ -21,15 +21,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from editkit.adapters.io import write_lines
 from editkit.edits import Edit
+from editkit.methods.base import EditModule
+from editkit.methods.memory import MemoryEdit
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.summary import write_json
-from editkit.retention.answers import BASE, DONE, EDITED, REAPPLIED, Rows
+from editkit.retention.afterwards import ARM_OF, afterwards
+from editkit.retention.answers import BASE, DONE, EDITED, Rows
 from editkit.retention.asking import ask_downstream, ask_items
 from editkit.retention.drift import Before, drift, look
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import Item
 from editkit.retention.objectives import Objective
 from editkit.retention.shared import Known
+from editkit.retention.source import EditedRun
 
 LOOK = "before.safetensors"
 ARM_ORDER: tuple[Arm, ...] = ("edited", "control", "identity")
@@ -48,6 +52,7 @@ class Questions:
         texts: Held-out texts on which drift is measured.
         edits: Edits whose keys are followed.
         known: Answers that other runs have found.
+        after: What is done at the end (`ARM_OF`).
     """
 
     items: Sequence[Item]
@@ -57,6 +62,7 @@ class Questions:
     texts: Sequence[str]
     edits: Sequence[Edit]
     known: Known
+    after: Sequence[str] = ()
 
 
 class Watch(Callback):
@@ -66,14 +72,14 @@ class Watch(Callback):
         folder: Folder of the arm.
         questions: What to ask.
         objective: What is trained on.
-        reapply: At the end of the control arm, switch the edits on and ask again.
+        run: The edited run.
     """
 
     def __init__(
-        self, folder: Path, questions: Questions, objective: Objective, reapply: bool = False
+        self, folder: Path, questions: Questions, objective: Objective, run: EditedRun
     ) -> None:
         self.folder, self.questions, self.objective = folder, questions, objective
-        self.reapply = reapply
+        self.run = run
         self.numbers: dict[str, Any] = {}
         self.asked_at = -1
 
@@ -82,6 +88,11 @@ class Watch(Callback):
         method, questions = pl_module.method, self.questions
         assert method is not None
         method.evaluation = questions.evaluation
+        if "rekeyed" in questions.after and not isinstance(method, MemoryEdit):
+            raise ValueError(
+                f"{type(method).__name__} has no keys to find again; --retain.rekey is for methods "
+                "with a memory, such as MEMOIR"
+            )
         if trainer.ckpt_path:
             self.before = Before.load(self.folder / LOOK)
             return
@@ -89,12 +100,12 @@ class Watch(Callback):
             rows = dict.fromkeys([*self.objective.plan, *self.objective.tests])
             pl_module.note_start([*rows], questions.evaluation.batch_size)
             with method.lm.unedited():
-                self._note("downstream_base", pl_module)
-                base = questions.known.rows(method, False, partial(self._ask, pl_module))
+                self._note("downstream_base", method)
+                base = questions.known.rows(method, False, partial(self._ask, method))
             self._write(BASE, base)
             if pl_module.arm != "control":
-                self._note("downstream_before", pl_module)
-                edited = questions.known.rows(method, True, partial(self._ask, pl_module))
+                self._note("downstream_before", method)
+                edited = questions.known.rows(method, True, partial(self._ask, method))
                 self._write(EDITED, edited)
             self.before = look(method.lm, questions.texts, questions.edits)
         if trainer.is_global_zero:
@@ -118,11 +129,11 @@ class Watch(Callback):
         with Still(pl_module):
             now = look(lm, self.questions.texts, self.questions.edits)
             self.numbers["drift"] = drift(lm, self.before, now, pl_module.start)
-            if self.reapply and pl_module.arm == "control":
-                pl_module.enable_edits(True)
-                self._note("downstream_reapplied", pl_module)
-                self._write(REAPPLIED, self._ask(pl_module))
-                pl_module.enable_edits(False)
+            for name in self.questions.after:
+                if ARM_OF[name] == pl_module.arm:
+                    with afterwards(name, pl_module.method, self.run) as method:
+                        self._note(f"downstream_{name}", method)
+                        self._write(f"{name}.jsonl", self._ask(method))
         loss = trainer.callback_metrics.get("loss")
         self.numbers |= {
             "step": step,
@@ -142,19 +153,18 @@ class Watch(Callback):
 
     # private
 
-    def _ask(self, module: FineTuneEdited) -> Rows:
-        assert module.method is not None
-        return ask_items(module.method, self.questions.items, self.questions.faithful)
+    def _ask(self, method: EditModule) -> Rows:
+        return ask_items(method, self.questions.items, self.questions.faithful)
 
     def _ask_now(self, module: FineTuneEdited, step: int) -> None:
+        assert module.method is not None
         with Still(module):
             self.asked_at = step
-            self._note(f"downstream_{step}", module)
-            self._write(f"step-{step:06d}.jsonl", self._ask(module))
+            self._note(f"downstream_{step}", module.method)
+            self._write(f"step-{step:06d}.jsonl", self._ask(module.method))
 
-    def _note(self, name: str, module: FineTuneEdited) -> None:
-        assert module.method is not None
-        score = ask_downstream(module.method, self.objective, self.questions.evaluation)
+    def _note(self, name: str, method: EditModule) -> None:
+        score = ask_downstream(method, self.objective, self.questions.evaluation)
         self.numbers[name] = score
 
     @rank_zero_only

@@ -18,6 +18,7 @@ from rich.console import Console
 from editkit.callbacks.progress import EditProgress
 from editkit.metrics.protocol import EvalProtocol
 from editkit.report.page import write_report
+from editkit.retention.afterwards import ARM_OF
 from editkit.retention.answers import DONE
 from editkit.retention.arms import (
     ARM_ORDER,
@@ -77,8 +78,7 @@ class Retention:
                 f"trainer.max_epochs is {config.trainer.max_epochs}; the length is --data.steps, "
                 "which deals the rows anew as often as it takes"
             )
-        if self.settings.shared is not None and config.trainer.devices != 1:
-            raise ValueError("retain.shared is for runs on one device; leave it out")
+        self._check_reach(config)
         self.run = EditedRun(Path(config.run), config.trust)
         self.folder = Path(config.out or self.run.folder / "retention" / self.objective.name)
         self.items = make_items(self.run, self.built.probes)
@@ -87,6 +87,15 @@ class Retention:
         self.sha = fingerprint(self.items)
         if _is_first():
             freeze(self.folder / ITEMS, self.items)
+
+    def _check_reach(self, config: Namespace) -> None:
+        """Refuse what some options cannot do together."""
+        is_alone = config.trainer.devices == 1
+        for name in ("shared", "reedit"):
+            if getattr(self.settings, name) and not is_alone:
+                raise ValueError(f"retain.{name} is for runs on one device; leave it out")
+        if self.settings.reedit and config.model.kind == "dora":
+            raise ValueError("retain.reedit edits plain weights; use model.kind full or lora")
 
     def finish(self) -> Path:
         """Run the arms that are not done, then write the results and the report."""
@@ -127,7 +136,8 @@ class Retention:
     def _shares(self, arm: Arm) -> bool:
         """Whether other runs may have this arm, too."""
         told = self.settings
-        return arm == "control" and arm in told.arms and bool(told.shared) and not told.reapply
+        is_own = any(ARM_OF[name] == arm for name in told.after)
+        return arm == "control" and arm in told.arms and bool(told.shared) and not is_own
 
     def _run(self, arm: Arm, folder: Path) -> None:
         module = FineTuneEdited(
@@ -151,8 +161,9 @@ class Retention:
             self.settings.mode == "ret_faithful",
             texts or [row.text for row in self.objective.tests][: self.settings.drift_texts],
             [*self.run.standing.values()][: self.settings.drift_edits], known_answers(self),
+            self.settings.after,
         )  # fmt: skip
-        watch = Watch(folder, questions, self.objective, self.settings.reapply)
+        watch = Watch(folder, questions, self.objective, self.run)
         given = options["callbacks"] or []
         options["callbacks"] = [*(given if isinstance(given, list) else [given]), watch]
         if options["enable_checkpointing"] in (None, True):

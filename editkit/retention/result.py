@@ -11,6 +11,7 @@ from editkit.adapters.io import write_lines
 from editkit.callbacks.protocol import commit
 from editkit.data.finetuning import Example
 from editkit.metrics.summary import write_json
+from editkit.retention.afterwards import ARM_OF
 from editkit.retention.answers import ArmResult, gate_rates
 from editkit.retention.outcome import (
     FAITHFUL,
@@ -49,12 +50,10 @@ def write_result(made: Retention) -> dict[str, Any]:
             told[arm, step] = [
                 *lines(name, arm, step, items, found.base, found.edited, tuned, matched)
             ]
-        if found.reapplied is not None:
-            rows = lines(
-                name, "reapplied", found.last, items, found.base, own.edited, found.reapplied,
-                matched,
-            )  # fmt: skip
-            told["reapplied", found.last] = [*rows]
+        for after, rows in found.after.items():
+            told[after, found.last] = [
+                *lines(name, after, found.last, items, found.base, own.edited, rows, matched)
+            ]
     write_lines(made.folder / ROWS, (line for part in told.values() for line in part))
     summary = _summary(made, arms, told)
     write_json(made.folder / SUMMARY, summary)
@@ -94,8 +93,8 @@ def _summary(
     if "identity" in arms:
         found["identity"] = _identity(told["identity", arms["identity"].last])
     for (arm, _), rows in told.items():
-        if arm == "reapplied":
-            found["reapplied"] = rates(rows)
+        if arm in ARM_OF:
+            found[arm] = rates(rows)
     return found
 
 
@@ -114,11 +113,11 @@ def _downstream(arms: dict[Any, ArmResult]) -> dict[str, float | None]:
         "edited": own.numbers["downstream_before"],
         "tuned": own.numbers[f"downstream_{own.last}"],
     }
+    for arm in arms.values():
+        found |= {name: arm.numbers[f"downstream_{name}"] for name in arm.after}
     if "control" in arms:
         control = arms["control"]
         found["control"] = control.numbers[f"downstream_{control.last}"]
-        if "downstream_reapplied" in control.numbers:
-            found["reapplied"] = control.numbers["downstream_reapplied"]
         if None not in (found["control"], found["tuned"]):
             found["tax"] = found["control"] - found["tuned"]
     return found

@@ -35,8 +35,13 @@ def shown(folder: Path) -> Table:
             table.add_row(label, *_cells(main[name]))
     if "control" in summary:
         table.add_row("facts kept by the never-edited", *_cells(summary["control"]["IRR"]))
-    if "reapplied" in summary:
-        table.add_row("edits put on afterwards", *_cells(summary["reapplied"]["ERR"]))
+    for name, label in (
+        ("reapplied", "edits put on afterwards"),
+        ("reedited", "edits made afterwards"),
+        ("rekeyed", "edits kept, keys found again"),
+    ):
+        if name in summary:
+            table.add_row(label, *_cells(summary[name]["ERR"]))
     told = ", ".join(
         f"{name} {value:.3g}" for name, value in summary["downstream"].items() if value is not None
     )

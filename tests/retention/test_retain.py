@@ -5,7 +5,9 @@ import json
 from contextlib import contextmanager
 
 import pytest
+import torch
 
+from editkit.api import load
 from editkit.retention.outcome import against_control, control_rates, rates
 from editkit.retention.shared import sole
 
@@ -183,6 +185,73 @@ def test_edits_put_on_afterwards_and_the_protocol_of_wen_and_zhang(retain):
     assert summary["manifest"]["model"]["kind"] == "dora"
 
 
+@pytest.fixture(scope="module")
+def remembered(base, edits, tmp_path_factory):
+    """A folder of four edits by GRACE, which finds its keys by distance."""
+    folder = tmp_path_factory.mktemp("edited") / "grace"
+    lm = load(base, method="grace", layer=2, eps=1e-3, replacement="replace_all", append_eos=True)
+    lm.edit_batch(edits)
+    lm.save(folder)
+    return folder
+
+
+def test_a_memory_finds_its_keys_again(retain, remembered):
+    code, folder = retain("--retain.arms=[edited]", "--retain.rekey=true", run=remembered)
+    assert code == 0
+    summary, told = summary_of(folder), lines_of(folder)
+    assert {r["arm"] for r in told} == {"edited", "rekeyed"}
+    routes = {
+        arm: [r["route"]["edit_id"] for r in told if r["arm"] == arm
+              and (r["prompt_kind"], r["scorer"], r["ckpt_step"]) == ("rewrite", "generation", 4)]
+        for arm in ("edited", "rekeyed")
+    }  # fmt: skip
+    assert routes["edited"] == [None] * 4  # fine-tuning has moved the prompts
+    assert routes["rekeyed"] == [0, 1, 2, 3]
+    assert summary["rekeyed"]["ERR"]["value"] > summary["rates"]["generation"]["ERR"]["value"]
+    assert "rekeyed" in summary["downstream"]
+
+
+def test_methods_without_keys_refuse_before_they_train(retain, capsys):
+    code, folder = retain("--retain.rekey=true", "--retain.arms=[edited]")
+    assert code == 1
+    assert "FT has no keys to find again" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_order_swapped_edits_the_tuned_base_as_a_run_of_its_own_would(
+    retain, edited, edits, kind, tmp_path, monkeypatch
+):
+    from editkit.retention import afterwards
+
+    kept = {}
+    real = afterwards.edited_afresh
+
+    def keep(method, run, folder):
+        fresh = real(method, run, tmp_path / "tuned")
+        with method.lm.unedited():
+            kept["tuned"] = method.lm(method.lm.encode([e.prompt for e in edits]))
+        with fresh.lm.unedited():
+            kept["base"] = fresh.lm(fresh.lm.encode([e.prompt for e in edits]))
+        kept["edited"] = {p: d.merged_delta().clone() for p, d in fresh.lm.layers.items()}
+        return fresh
+
+    monkeypatch.setattr(afterwards, "edited_afresh", keep)
+    code, folder = retain(
+        "--retain.arms=[edited,control]", "--retain.reedit=true", f"--model.kind={kind}",
+        "--model.adapter.r=2", "--model.lr=0.01",
+    )  # fmt: skip
+    assert code == 0
+    assert float((kept["tuned"] - kept["base"]).abs().max()) < 1e-4
+    alone = load(str(tmp_path / "tuned"), method="ft", layer=2, lr=0.01, steps=60, append_eos=True)
+    alone.edit_batch(edits)
+    for path, layer in alone.lm.layers.items():
+        assert torch.equal(layer.merged_delta(), kept["edited"][path])
+    summary = summary_of(folder)
+    assert summary["reedited"]["ERR"]["value"] == 1.0
+    assert "reedited" in {r["arm"] for r in lines_of(folder)}
+
+
 def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
     path = tmp_path / "pairs.jsonl"
     names = ("Elda", "Lima", "Paris", "Louis", "Rome", "he", "she", "town")
@@ -210,6 +279,8 @@ def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
         (["--data=Maths"], "needs `question`"),
         (["--data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["--model.lr=-1"], "model.lr is -1"),
+        (["--retain.reedit=true", "--model.kind=dora"], "use model.kind full or lora"),
+        (["--retain.shared=x", "--trainer.devices=2"], "retain.shared is for runs on one device"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_written(retain, capsys, args, words):
