@@ -12,7 +12,7 @@ from editkit.functional.retention import edit_retention, fact_retention
 from editkit.metrics.intervals import Estimate, estimate, estimate_contrast
 from editkit.report.compare import mcnemar
 from editkit.report.files import read_lines
-from editkit.study.plan import NONE, Study
+from editkit.study.plan import NONE, Stream, Study
 
 Part = tuple[list[float], list[int | None]]
 APART = 1_000_000  # edits of two seeds are two edits
@@ -27,8 +27,8 @@ class Point:
         method: Label.
         objective: Label.
         remedy: Label.
-        seeds: Seeds that are done.
-        missing: Seeds that are not.
+        done: Streams that are done.
+        missing: Streams that are not.
         ERR: Edits kept.
         IRR: Intrinsic facts kept.
         IRR_matched: Those matched to the edits.
@@ -48,8 +48,8 @@ class Point:
     method: str
     objective: str
     remedy: str
-    seeds: list[int] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
+    done: list[Stream] = field(default_factory=list)
+    missing: list[Stream] = field(default_factory=list)
     ERR: Estimate | None = None
     IRR: Estimate | None = None
     IRR_matched: Estimate | None = None
@@ -65,22 +65,22 @@ class Point:
     only_there: int | None = None
     mcnemar_p: float | None = None
     fates: dict[str, int] = field(default_factory=dict)
-    kept: dict[tuple[int, str], float] = field(default_factory=dict, repr=False)
+    kept: dict[tuple[Stream, str], float] = field(default_factory=dict, repr=False)
 
 
 def collect(study: Study, root: Path) -> list[Point]:
     """Read every finished run of a study."""
     found: dict[tuple[str, str, str], Point] = {}
-    parts: dict[tuple[str, str, str], list[tuple[int, Path]]] = {}
-    for method, objective, remedy, seed in study.points():
+    parts: dict[tuple[str, str, str], list[tuple[Stream, Path]]] = {}
+    for method, objective, remedy, stream in study.points():
         key = method, objective, remedy
         point = found.setdefault(key, Point(*key))
-        folder = study.tuned_folder(root, method, objective, remedy, seed)
+        folder = study.tuned_folder(root, method, objective, remedy, stream)
         if (folder / "summary.json").exists():
-            point.seeds.append(seed)
-            parts.setdefault(key, []).append((seed, folder))
+            point.done.append(stream)
+            parts.setdefault(key, []).append((stream, folder))
         else:
-            point.missing.append(seed)
+            point.missing.append(stream)
     for key, folders in parts.items():
         _fill(found[key], folders, study.scorer)
     for (method, objective, remedy), point in found.items():
@@ -90,30 +90,31 @@ def collect(study: Study, root: Path) -> list[Point]:
     return [*found.values()]
 
 
-def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str) -> None:
-    """Pool the lines of all seeds, an edit of a seed being a cluster."""
+def _fill(point: Point, folders: Sequence[tuple[Stream, Path]], scorer: str) -> None:
+    """Pool the lines of all streams, an edit of a stream being a cluster."""
     kept, known, like, control = [], [], [], []
     summaries = []
-    for seed, folder in folders:
+    for n, (stream, folder) in enumerate(folders):
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         summaries.append(summary)
         rows, _ = read_lines(folder / "retention.jsonl", LINE_KEYS)
         end = [r for r in rows if r["scorer"] == scorer and r["ckpt_step"] == summary["step"]]
         own = [r for r in end if r["arm"] == "edited"]
-        kept.append(_part([r for r in own if r["prompt_kind"] == "rewrite"], seed, edit_retention))
+        kept.append(_part([r for r in own if r["prompt_kind"] == "rewrite"], n, edit_retention))
         facts = [r for r in own if r["set"] == "K"]
-        known.append(_part(facts, seed, fact_retention))
-        like.append(_part([r for r in facts if r["matched"]], seed, fact_retention))
+        known.append(_part(facts, n, fact_retention, is_one=stream.edit is not None))
+        matched = [r for r in facts if r["matched"]]
+        like.append(_part(matched, n, fact_retention, is_one=stream.edit is not None))
         theirs = [r for r in end if r["arm"] == "control" and r["set"] == "K"]
         values = [r["score_Mft"] if r["score_M0"] == 1 else float("nan") for r in theirs]
-        control.append((values, [None] * len(values)))
+        control.append((values, _clusters(theirs, n, stream.edit is not None)))
         for r in own:
             if r["prompt_kind"] == "rewrite":
-                point.kept[seed, r["item_id"]] = float(r["score_Mft"])
+                point.kept[stream, r["item_id"]] = float(r["score_Mft"])
                 point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
-    edits, facts_all, matched, never = map(_joined, (kept, known, like, control))
+    edits, facts_all, alike, never = map(_joined, (kept, known, like, control))
     point.ERR, point.IRR = estimate(*edits), estimate(*facts_all)
-    point.IRR_matched, point.control = estimate(*matched), estimate(*never)
+    point.IRR_matched, point.control = estimate(*alike), estimate(*never)
     point.gap = estimate_contrast(facts_all, edits, "difference")
     point.diff_in_diff = estimate_contrast(never, edits, "difference")
     point.measure = summaries[0]["measure"]
@@ -136,10 +137,17 @@ def _pair(point: Point, plain: Point) -> None:
     point.mcnemar_p = mcnemar(point.only_there, point.only_here)
 
 
-def _part(rows: Sequence[dict[str, Any]], seed: int, pick: Any) -> Part:
+def _part(rows: Sequence[dict[str, Any]], stream: int, pick: Any, is_one: bool = False) -> Part:
     hits = [[r[name] == 1 for r in rows] for name in ("score_M0", "score_Med", "score_Mft")]
-    ids = [None if r["edit_id"] is None else seed * APART + r["edit_id"] for r in rows]
-    return pick(*hits), ids
+    return pick(*hits), _clusters(rows, stream, is_one)
+
+
+def _clusters(rows: Sequence[dict[str, Any]], stream: int, is_one: bool) -> list[int | None]:
+    """Return what hangs together: questions of an edit, and all of a model with one edit."""
+    first = stream * APART
+    if is_one:
+        return [first] * len(rows)
+    return [None if r["edit_id"] is None else first + r["edit_id"] for r in rows]
 
 
 def _joined(parts: Sequence[Part]) -> Part:

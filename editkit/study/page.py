@@ -61,7 +61,7 @@ def table_rows(points: Sequence[Point]) -> list[list[str]]:
     found = []
     for p in points:
         names = [p.method, p.objective, p.remedy]
-        if not p.seeds:
+        if not p.done:
             found.append([*names, "not run", *[""] * (len(HEADS) - 4)])
             continue
         task = [number(p.downstream.get(m)) for m in ("edited", "tuned", "control")]
@@ -76,22 +76,25 @@ def table_rows(points: Sequence[Point]) -> list[list[str]]:
 
 def notes(study: Study, points: Sequence[Point]) -> list[str]:
     """Say how the numbers came about and what is missing."""
+    alone = f", {study.alone} edits of each alone in a model of their own" if study.alone else ""
     found = [
-        f"Score: {study.scorer}. Seeds {study.seeds}, pooled; brackets are 95 % bootstrap "
+        f"Score: {study.scorer}. Seeds {study.seeds}, pooled{alone}; brackets are 95 % bootstrap "
         "intervals over edits. ERR and IRR count what the edited model had right before "
         "fine-tuning. Key shift is the mean relative change of what edited layers see at the "
         "edits' subjects. Against no remedy: edits kept with it alone (+), without it alone (-), "
         "and McNemar's exact p, corrected by Holm's procedure over the table.",
     ]
     lacking = [
-        f"{p.method}, {p.objective}, {p.remedy}: seeds {p.missing}" for p in points if p.missing
+        f"{p.method}, {p.objective}, {p.remedy}: seeds {', '.join(map(str, p.missing))}"
+        for p in points
+        if p.missing
     ]
     return [*found, "", f"Not run: {'; '.join(lacking)}."] if lacking else found
 
 
 def draw(points: Sequence[Point]) -> list[tuple[str, str]]:
     """Return captions and SVGs: edits and facts kept by method, and against task score and KL."""
-    done = [p for p in points if p.seeds]
+    done = [p for p in points if p.done]
     plain = [p for p in done if p.remedy == NONE]
     objectives = [*dict.fromkeys(p.objective for p in plain)]
     found = []

@@ -14,7 +14,7 @@ from editkit.cli import main
 from editkit.study.cells import Cell, run_cells, run_one
 from editkit.study.numbers import collect
 from editkit.study.page import write_study
-from editkit.study.plan import read_study
+from editkit.study.plan import Stream, read_study
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +68,7 @@ def test_a_study_edits_once_for_all_that_fine_tunes_alike(told, tmp_path):
         ({"methods": {"FT": "ft.yaml"}}, "give a list of options"),
         ({"remedies": {"x": {"objectives": ["chess"]}}}, "names 'chess', which is none of"),
         ({"remedies": {"x": {"frozen": []}}}, "has a key 'frozen'"),
+        ({"alone": "all"}, "give a number of edits"),
     ],
 )
 def test_a_study_that_is_not_well_formed_is_refused(told, change, words):
@@ -213,8 +214,8 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     told["remedies"] = {"frozen": {"retain": ["--x"], "methods": ["FT"], "objectives": ["text"]}}
     study = read_study(written(told))
     for seed in told["seeds"]:
-        put(study.tuned_folder(tmp_path, "FT", "text", "none", seed), kept=[0])
-        put(study.tuned_folder(tmp_path, "FT", "text", "frozen", seed), kept=[0, 1, 2])
+        put(study.tuned_folder(tmp_path, "FT", "text", "none", Stream(seed)), kept=[0])
+        put(study.tuned_folder(tmp_path, "FT", "text", "frozen", Stream(seed)), kept=[0, 1, 2])
     points = {(p.method, p.objective, p.remedy): p for p in collect(study, tmp_path)}
     plain, frozen = points["FT", "text", "none"], points["FT", "text", "frozen"]
     assert plain.ERR["value"] == pytest.approx(1 / 3)
@@ -227,7 +228,7 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     assert plain.fates == {"stable": 2, "erased_true": 4}
     assert (frozen.only_here, frozen.only_there) == (4, 0)
     assert frozen.mcnemar_p == pytest.approx(2 * 0.5**4)
-    assert points["MEMIT +", "text", "none"].missing == [0, 7]
+    assert points["MEMIT +", "text", "none"].missing == [Stream(0), Stream(7)]
     table, page = write_study(study, [*points.values()], tmp_path / "out")
     text = table.read_text()
     assert "| FT | text | none | 0.33 [" in text
@@ -239,6 +240,31 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     assert "http://" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
+
+
+def test_edits_made_alone_have_a_model_each_and_count_as_one(told, tmp_path):
+    told |= {"alone": 3, "remedies": {}, "methods": {"FT": ["ft.yaml"]}}
+    study = read_study(written(told))
+    cells = study.cells(tmp_path)
+    edits = [c for c in cells if not c.after]
+    assert [c.folder.name for c in edits] == [
+        "ft-0-0",
+        "ft-0-1",
+        "ft-0-2",
+        "ft-7-0",
+        "ft-7-1",
+        "ft-7-2",
+    ]
+    at = edits[1].args.index("--data.start=1")
+    assert edits[1].args[at + 1 : at + 3] == ("--data.limit=1", "--data.edits_per_step=1")
+    assert at > edits[1].args.index("--data.limit=2")  # the last one counts
+    assert len(cells) == 6 + 6 * 2
+    for n in range(3):
+        put(study.tuned_folder(tmp_path, "FT", "text", "none", Stream(7, n)), kept=[0])
+    found = next(p for p in collect(study, tmp_path) if p.objective == "text")
+    assert (found.ERR["n"], found.IRR["n"], found.IRR["edits"]) == (9, 6, 3)
+    assert found.missing == [Stream(0, n) for n in range(3)]
+    assert "3 edits of each alone" in write_study(study, [found], tmp_path)[0].read_text()
 
 
 def test_the_studies_that_ship_are_well_formed(monkeypatch, tmp_path):
