@@ -26,12 +26,13 @@ from editkit.methods.memory import MemoryEdit
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.summary import write_json
 from editkit.retention.afterwards import ARM_OF, afterwards
-from editkit.retention.answers import BASE, DONE, EDITED, Rows
+from editkit.retention.answers import BASE, DONE, EDITED, RELEARNED, Rows, answers
 from editkit.retention.asking import ask_downstream, ask_items
 from editkit.retention.drift import Before, drift, look
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import Item
 from editkit.retention.objectives import Objective
+from editkit.retention.relearn import lost_pairs, relearn
 from editkit.retention.shared import Known
 from editkit.retention.source import EditedRun
 
@@ -53,6 +54,7 @@ class Questions:
         edits: Edits whose keys are followed.
         known: Answers that other runs have found.
         after: What is done at the end (`ARM_OF`).
+        relearn: Steps in which lost edits are learned again; 0 leaves it out.
     """
 
     items: Sequence[Item]
@@ -63,6 +65,7 @@ class Questions:
     edits: Sequence[Edit]
     known: Known
     after: Sequence[str] = ()
+    relearn: int = 0
 
 
 class Watch(Callback):
@@ -129,6 +132,8 @@ class Watch(Callback):
         with Still(pl_module):
             now = look(lm, self.questions.texts, self.questions.edits)
             self.numbers["drift"] = drift(lm, self.before, now, pl_module.start)
+            if self.questions.relearn and pl_module.arm == "edited":
+                self._write(RELEARNED, self._relearned(pl_module, step))
             for name in self.questions.after:
                 if ARM_OF[name] == pl_module.arm:
                     with afterwards(name, pl_module.method, self.run) as method:
@@ -156,6 +161,12 @@ class Watch(Callback):
     def _ask(self, method: EditModule) -> Rows:
         return ask_items(method, self.questions.items, self.questions.faithful)
 
+    def _relearned(self, module: FineTuneEdited, step: int) -> list[dict[str, Any]]:
+        names = (BASE, EDITED, f"step-{step:06d}.jsonl")
+        pairs = lost_pairs(self.questions.items, *(answers(self.folder / name) for name in names))
+        size = self.objective.batch_size
+        return relearn(module, pairs, self.questions.relearn, module.lr, size) if pairs else []
+
     def _ask_now(self, module: FineTuneEdited, step: int) -> None:
         assert module.method is not None
         with Still(module):
@@ -168,9 +179,9 @@ class Watch(Callback):
         self.numbers[name] = score
 
     @rank_zero_only
-    def _write(self, name: str, rows: Rows) -> None:
+    def _write(self, name: str, rows: Rows | list[dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_lines(self.folder / name, rows.values())
+        write_lines(self.folder / name, rows.values() if isinstance(rows, dict) else rows)
 
     @rank_zero_only
     def _finish(self) -> None:

@@ -161,7 +161,7 @@ class Retention:
             self.settings.mode == "ret_faithful",
             texts or [row.text for row in self.objective.tests][: self.settings.drift_texts],
             [*self.run.standing.values()][: self.settings.drift_edits], known_answers(self),
-            self.settings.after,
+            self.settings.after, self.settings.relearn,
         )  # fmt: skip
         watch = Watch(folder, questions, self.objective, self.run)
         given = options["callbacks"] or []

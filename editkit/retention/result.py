@@ -23,6 +23,7 @@ from editkit.retention.outcome import (
     match_facts,
     rates,
 )
+from editkit.retention.relearn import latent_rates
 
 if TYPE_CHECKING:
     from editkit.retention.cli import Retention
@@ -90,6 +91,8 @@ def _summary(
         control = told["control", arms["control"].last]
         found["control"] = control_rates(control) | against_control(end, control)
         found["control"]["drift"] = {"kl": arms["control"].numbers["drift"]["kl"]}
+    if own.relearned is not None:
+        found["latent"] = latent_rates(own.relearned) if own.relearned else {"pairs": 0}
     if "identity" in arms:
         found["identity"] = _identity(told["identity", arms["identity"].last])
     for (arm, _), rows in told.items():

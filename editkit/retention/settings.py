@@ -43,6 +43,8 @@ class Settings:
             batches: the order swapped, which costs as much as the run.
         rekey: A remedy for memories: also find the keys of the fine-tuned edited model again, from
             the edits' prompts.
+        relearn: Steps in which lost edits are learned again at the end, each beside the same answer
+            taught of an untouched fact, to tell what is latent from what is gone; 0 leaves it out.
         drift_texts: Held-out texts on which drift is measured.
         drift_edits: Edits whose keys are followed.
         checkpoint_every: Steps between two checkpoints to resume from.
@@ -56,6 +58,7 @@ class Settings:
     reapply: bool = False
     reedit: bool = False
     rekey: bool = False
+    relearn: int = 0
     drift_texts: int = 50
     drift_edits: int = 100
     checkpoint_every: int = 200

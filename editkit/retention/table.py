@@ -49,6 +49,11 @@ def shown(folder: Path) -> Table:
     table.caption = f"{summary['measure']} on the task: {told}" + (
         "" if kl is None else f"; KL to the edited model {kl:.3g} nats a token"
     )
+    if (summary.get("latent") or {}).get("pairs"):
+        again, new = (summary["latent"][f"steps_{who}"]["value"] for who in ("lost", "partner"))
+        table.caption += (
+            f"; lost edits are learned again in {again:.2f} steps, new ones in {new:.2f}"
+        )
     return table
 
 

@@ -119,8 +119,8 @@ class Study:
                 args = [
                     "fit", f"--model={path}", *self.fit, *options, *told.get("fit", []),
                     *stream.options, f"--model.seed={seed}", f"--data.seed={seed}",
-                    f"--seed_everything={seed}", f"--trainer.default_root_dir={edited}", "--run.overwrite=true",
-                    "--trainer.enable_progress_bar=false",
+                    f"--seed_everything={seed}", f"--trainer.default_root_dir={edited}",
+                    "--run.overwrite=true", "--trainer.enable_progress_bar=false",
                 ]  # fmt: skip
                 found[edited] = Cell(f"edit {edited.name}", edited, _filled(args, seed))
             tuned = self.tuned_folder(root, method, objective, remedy, stream)

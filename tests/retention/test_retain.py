@@ -252,6 +252,29 @@ def test_the_order_swapped_edits_the_tuned_base_as_a_run_of_its_own_would(
     assert "reedited" in {r["arm"] for r in lines_of(folder)}
 
 
+def test_lost_edits_are_learned_again_beside_new_ones_and_nothing_is_left_of_it(retain, remembered):
+    args = ("--model.lr=0.01", "--retain.arms=[edited]", "--retain.rekey=true")
+    _, plain = retain(*args, out="plain", run=remembered)
+    code, folder = retain(*args, "--retain.relearn=3", out="again", run=remembered)
+    assert code == 0
+    assert lines_of(folder) == lines_of(plain)  # those asked behind it (rekeyed) among them
+    told = [json.loads(line) for line in (folder / "arms/edited/relearned.jsonl").open()]
+    latent = summary_of(folder)["latent"]
+    assert latent["pairs"] == len(told) > 0
+    lost = {r["item_id"] for r in lines_of(folder) if r["scorer"] == "generation"
+            and (r["score_M0"], r["score_Med"], r["score_Mft"]) == (0, 1, 0)}  # fmt: skip
+    assert {row["item_id"] for row in told} <= lost
+    assert len({row["partner_id"] for row in told}) == len(told)
+    assert all(row["partner_id"].startswith("K") for row in told)
+    log_p = {r["item_id"]: r["logp_Mft"] for r in lines_of(folder) if r["arm"] == "edited"}
+    for row in told:
+        assert len(row["lost"]["nll"]) == 4
+        assert row["lost"]["nll"][0] == pytest.approx(-log_p[row["item_id"]], abs=1e-4)
+        assert row["partner"]["nll"][-1] < row["partner"]["nll"][0]
+    saved = [row["partner"]["learned_at"] - row["lost"]["learned_at"] for row in told]
+    assert latent["steps_saved"]["value"] == pytest.approx(sum(saved) / len(saved))
+
+
 def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
     path = tmp_path / "pairs.jsonl"
     names = ("Elda", "Lima", "Paris", "Louis", "Rome", "he", "she", "town")
