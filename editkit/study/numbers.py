@@ -43,6 +43,9 @@ class Point:
         only_here: Edits kept here and not without the remedy; None for `none`.
         only_there: The reverse.
         mcnemar_p: Exact p of these two.
+        fates: What became of the edits, counted.
+        kept: Whether each edit is right at the end.
+        items: Of the edits (`E`) and intrinsic facts (`K`) that count, whether each is kept.
     """
 
     method: str
@@ -65,24 +68,28 @@ class Point:
     only_there: int | None = None
     mcnemar_p: float | None = None
     fates: dict[str, int] = field(default_factory=dict)
-    kept: dict[tuple[Stream, str], float] = field(default_factory=dict, repr=False)
+    kept: dict[tuple[int, str], float] = field(default_factory=dict, repr=False)
+    items: dict[str, dict[tuple[int, str], float]] = field(
+        default_factory=lambda: {"E": {}, "K": {}}, repr=False
+    )
 
 
 def collect(study: Study, root: Path) -> list[Point]:
     """Read every finished run of a study."""
     found: dict[tuple[str, str, str], Point] = {}
-    parts: dict[tuple[str, str, str], list[tuple[Stream, Path]]] = {}
+    parts: dict[tuple[str, str, str], list[tuple[int, Path]]] = {}
+    place = {stream: n for n, stream in enumerate(study.streams)}
     for method, objective, remedy, stream in study.points():
         key = method, objective, remedy
         point = found.setdefault(key, Point(*key))
         folder = study.tuned_folder(root, method, objective, remedy, stream)
         if (folder / "summary.json").exists():
             point.done.append(stream)
-            parts.setdefault(key, []).append((stream, folder))
+            parts.setdefault(key, []).append((place[stream], folder))
         else:
             point.missing.append(stream)
     for key, folders in parts.items():
-        _fill(found[key], folders, study.scorer)
+        _fill(found[key], folders, study.scorer, bool(study.alone))
     for (method, objective, remedy), point in found.items():
         plain = found.get((method, objective, NONE))
         if remedy != NONE and plain is not None:
@@ -90,28 +97,31 @@ def collect(study: Study, root: Path) -> list[Point]:
     return [*found.values()]
 
 
-def _fill(point: Point, folders: Sequence[tuple[Stream, Path]], scorer: str) -> None:
+def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str, is_alone: bool) -> None:
     """Pool the lines of all streams, an edit of a stream being a cluster."""
     kept, known, like, control = [], [], [], []
     summaries = []
-    for n, (stream, folder) in enumerate(folders):
+    for n, folder in folders:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         summaries.append(summary)
         rows, _ = read_lines(folder / "retention.jsonl", LINE_KEYS)
         end = [r for r in rows if r["scorer"] == scorer and r["ckpt_step"] == summary["step"]]
         own = [r for r in end if r["arm"] == "edited"]
-        kept.append(_part([r for r in own if r["prompt_kind"] == "rewrite"], n, edit_retention))
+        made = [r for r in own if r["prompt_kind"] == "rewrite"]
+        kept.append(_part(made, n, edit_retention))
         facts = [r for r in own if r["set"] == "K"]
-        known.append(_part(facts, n, fact_retention, is_one=stream.edit is not None))
+        known.append(_part(facts, n, fact_retention, is_alone))
         matched = [r for r in facts if r["matched"]]
-        like.append(_part(matched, n, fact_retention, is_one=stream.edit is not None))
+        like.append(_part(matched, n, fact_retention, is_alone))
+        for name, asked, part in (("E", made, kept[-1]), ("K", facts, known[-1])):
+            pairs = zip(asked, part[0], strict=True)
+            point.items[name] |= {(n, r["item_id"]): v for r, v in pairs if v == v}
         theirs = [r for r in end if r["arm"] == "control" and r["set"] == "K"]
         values = [r["score_Mft"] if r["score_M0"] == 1 else float("nan") for r in theirs]
-        control.append((values, _clusters(theirs, n, stream.edit is not None)))
-        for r in own:
-            if r["prompt_kind"] == "rewrite":
-                point.kept[stream, r["item_id"]] = float(r["score_Mft"])
-                point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
+        control.append((values, _clusters(theirs, n, is_alone)))
+        for r in made:
+            point.kept[n, r["item_id"]] = float(r["score_Mft"])
+            point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
     edits, facts_all, alike, never = map(_joined, (kept, known, like, control))
     point.ERR, point.IRR = estimate(*edits), estimate(*facts_all)
     point.IRR_matched, point.control = estimate(*alike), estimate(*never)
@@ -137,15 +147,15 @@ def _pair(point: Point, plain: Point) -> None:
     point.mcnemar_p = mcnemar(point.only_there, point.only_here)
 
 
-def _part(rows: Sequence[dict[str, Any]], stream: int, pick: Any, is_one: bool = False) -> Part:
+def _part(rows: Sequence[dict[str, Any]], stream: int, pick: Any, is_alone: bool = False) -> Part:
     hits = [[r[name] == 1 for r in rows] for name in ("score_M0", "score_Med", "score_Mft")]
-    return pick(*hits), _clusters(rows, stream, is_one)
+    return pick(*hits), _clusters(rows, stream, is_alone)
 
 
-def _clusters(rows: Sequence[dict[str, Any]], stream: int, is_one: bool) -> list[int | None]:
+def _clusters(rows: Sequence[dict[str, Any]], stream: int, is_alone: bool) -> list[int | None]:
     """Return what hangs together: questions of an edit, and all of a model with one edit."""
     first = stream * APART
-    if is_one:
+    if is_alone:
         return [first] * len(rows)
     return [None if r["edit_id"] is None else first + r["edit_id"] for r in rows]
 

@@ -15,6 +15,7 @@ from editkit.study.cells import Cell, run_cells, run_one
 from editkit.study.numbers import collect
 from editkit.study.page import write_study
 from editkit.study.plan import Stream, read_study
+from editkit.study.short import shorten
 
 ROOT = Path(__file__).parents[2]
 
@@ -229,9 +230,18 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     assert (frozen.only_here, frozen.only_there) == (4, 0)
     assert frozen.mcnemar_p == pytest.approx(2 * 0.5**4)
     assert points["MEMIT +", "text", "none"].missing == [Stream(0), Stream(7)]
+    short = {(s.remedy, s.objective): s for s in shorten([*points.values()])}
+    assert short["none", "text"].ERR["value"] == pytest.approx(1 / 3)
+    assert short["none", "text"].more_edits is None
+    better = short["frozen", "text"]
+    assert (better.ERR["value"], better.more_edits["value"]) == (1.0, pytest.approx(2 / 3))
+    assert (better.more_facts["value"], better.gap_change["value"]) == (0, pytest.approx(-2 / 3))
+    assert better.more_edits["n"] == 6
+    assert better.task == (0.8, 0.8)
     table, page = write_study(study, [*points.values()], tmp_path / "out")
     text = table.read_text()
     assert "| FT | text | none | 0.33 [" in text
+    assert "| frozen | text | 1 | 1.00 [1.00, 1.00] | 0.50 [" in text
     assert "+4 -0, p 0.125" in text
     assert "| MEMIT + | text | none | not run |" in text
     assert "choice 0.200, 0.800, 0.900" in text
