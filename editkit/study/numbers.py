@@ -89,7 +89,7 @@ def collect(study: Study, root: Path) -> list[Point]:
         else:
             point.missing.append(stream)
     for key, folders in parts.items():
-        _fill(found[key], folders, study.scorer, bool(study.alone))
+        _fill(found[key], folders, study)
     for (method, objective, remedy), point in found.items():
         plain = found.get((method, objective, NONE))
         if remedy != NONE and plain is not None:
@@ -97,8 +97,9 @@ def collect(study: Study, root: Path) -> list[Point]:
     return [*found.values()]
 
 
-def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str, is_alone: bool) -> None:
+def _fill(point: Point, folders: Sequence[tuple[int, Path]], study: Study) -> None:
     """Pool the lines of all streams, an edit of a stream being a cluster."""
+    scorer, arm, is_alone = study.scorer, study.arm(point.remedy), bool(study.alone)
     kept, known, like, control = [], [], [], []
     summaries = []
     for n, folder in folders:
@@ -106,7 +107,7 @@ def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str, is_alo
         summaries.append(summary)
         rows, _ = read_lines(folder / "retention.jsonl", LINE_KEYS)
         end = [r for r in rows if r["scorer"] == scorer and r["ckpt_step"] == summary["step"]]
-        own = [r for r in end if r["arm"] == "edited"]
+        own = [r for r in end if r["arm"] == arm]
         made = [r for r in own if r["prompt_kind"] == "rewrite"]
         kept.append(_part(made, n, edit_retention))
         facts = [r for r in own if r["set"] == "K"]
@@ -129,7 +130,8 @@ def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str, is_alo
     point.diff_in_diff = estimate_contrast(never, edits, "difference")
     point.measure = summaries[0]["measure"]
     for moment in ("base", "edited", "tuned", "control"):
-        values = [s["downstream"].get(moment) for s in summaries]
+        name = arm if moment == "tuned" and arm != "edited" else moment
+        values = [s["downstream"].get(name) for s in summaries]
         if None not in values:
             point.downstream[moment] = sum(values) / len(values)
     point.kl = _mean([s["drift"]["kl"] for s in summaries])

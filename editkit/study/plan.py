@@ -7,12 +7,13 @@
     methods: {LABEL: [method YAML, options...]}
     objectives: {LABEL: [objective YAML, options...]}
     remedies:                       # `none` is always there
-      LABEL: {fit: [options], retain: [options], objectives: [LABELs], methods: [LABELs]}
+      LABEL: {fit: [options], retain: [options], objectives: [LABELs], methods: [LABELs], arm: ARM}
 
 Every method is edited with every seed, and once more for each remedy that has options of `fit`.
 Each edited model is fine-tuned by every objective with the seed of its stream. `{seed}` in an
-option stands for the seed. Edits made together stand in each other's way; made alone, a model each
-(Wen & Zhang 2025), they show what fine-tuning does to one.
+option stands for the seed. A remedy counts the edited arm, or what was done afterwards where
+`arm` names that (`rekeyed`). Edits made together stand in each other's way; made alone, a model
+each (Wen & Zhang 2025), they show what fine-tuning does to one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from editkit.study.cells import Cell, slug
 
 NONE = "none"
 KEYS = {"seeds", "alone", "fit", "retain", "methods", "objectives", "remedies", "scorer"}
-REMEDY_KEYS = {"fit", "retain", "objectives", "methods"}
+REMEDY_KEYS = {"fit", "retain", "objectives", "methods", "arm"}
+ARMS = ("edited", "reapplied", "reedited", "rekeyed")
 
 
 class Stream(NamedTuple):
@@ -75,7 +77,7 @@ class Study:
     retain: list[str]
     methods: dict[str, list[str]]
     objectives: dict[str, list[str]]
-    remedies: dict[str, dict[str, list[str]]]
+    remedies: dict[str, dict[str, Any]]
     scorer: str = "generation"
     alone: int = 0
 
@@ -85,6 +87,10 @@ class Study:
         if not self.alone:
             return [Stream(seed) for seed in self.seeds]
         return [Stream(seed, edit) for seed in self.seeds for edit in range(self.alone)]
+
+    def arm(self, remedy: str) -> str:
+        """Return the arm that a remedy counts."""
+        return str(self.remedies[remedy].get("arm", "edited"))
 
     def edit_folder(self, root: Path, method: str, remedy: str, stream: Stream) -> Path:
         """Return the folder of an edited model; remedies of fine-tuning alone share one."""
@@ -172,6 +178,8 @@ def read_study(path: Path) -> Study:
     for label, remedy in study.remedies.items():
         if wrong := sorted(set(remedy) - REMEDY_KEYS):
             raise ValueError(f"remedy {label!r} has a key {wrong[0]!r}; use {sorted(REMEDY_KEYS)}")
+        if remedy.get("arm", "edited") not in ARMS:
+            raise ValueError(f"remedy {label!r} has arm {remedy['arm']!r}; use one of {ARMS}")
         for name, known in (("objectives", study.objectives), ("methods", study.methods)):
             if unknown := [one for one in remedy.get(name, []) if one not in known]:
                 raise ValueError(f"remedy {label!r} names {unknown[0]!r}, which is none of {name}")

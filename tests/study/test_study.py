@@ -69,6 +69,7 @@ def test_a_study_edits_once_for_all_that_fine_tunes_alike(told, tmp_path):
         ({"methods": {"FT": "ft.yaml"}}, "give a list of options"),
         ({"remedies": {"x": {"objectives": ["chess"]}}}, "names 'chess', which is none of"),
         ({"remedies": {"x": {"frozen": []}}}, "has a key 'frozen'"),
+        ({"remedies": {"x": {"arm": "rekey"}}}, "has arm 'rekey'; use one of"),
         ({"alone": "all"}, "give a number of edits"),
     ],
 )
@@ -250,6 +251,22 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     assert "http://" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
+
+
+def test_a_remedy_may_count_what_was_done_afterwards(told, tmp_path):
+    told["remedies"] = {"keys": {"arm": "rekeyed", "retain": ["--x"], "methods": ["FT"]}}
+    study = read_study(written(told))
+    folder = study.tuned_folder(tmp_path, "FT", "text", "keys", Stream(0))
+    put(folder, kept=[0])
+    again = [line("rekeyed", f"{i}.rel", 0, 1, 1) for i in range(3)]
+    with (folder / "retention.jsonl").open("a") as file:
+        file.writelines(json.dumps(r) + "\n" for r in again)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["downstream"]["rekeyed"] = 0.7
+    (folder / "summary.json").write_text(json.dumps(summary))
+    points = {(p.objective, p.remedy): p for p in collect(study, tmp_path) if p.done}
+    assert points["text", "keys"].ERR["value"] == 1.0
+    assert points["text", "keys"].downstream["tuned"] == 0.7
 
 
 def test_edits_made_alone_have_a_model_each_and_count_as_one(told, tmp_path):
