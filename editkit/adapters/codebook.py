@@ -145,6 +145,12 @@ class Codebook(RoutedLayer):
         self._set(Book(*(table[kept_K] for table in self.book)), self.values.detach()[kept_K])
         self._before = None
 
+    def move(self, keys: list[int], query_AF: Tensor) -> None:
+        """Put keys elsewhere."""
+        key_KF = self.key_KF.clone()
+        key_KF[keys] = query_AF.to(key_KF)
+        self.key_KF, self._before = key_KF, None
+
     def _set(self, book: Book, values_KD: Tensor) -> None:
         for name, table in zip(Book._fields, book, strict=True):
             setattr(self, name, table)

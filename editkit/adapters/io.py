@@ -62,7 +62,8 @@ def save_adapter(folder: Path, layers: dict[str, EditLayer], config: dict[str, A
     Args:
         folder: Run folder; made where it is missing.
         layers: Edit layers by site path.
-        config: Whatever loading needs; `format` and the tensors' sha256 are added.
+        config: Whatever loading needs; `format`, the sites' paths and the tensors' sha256 are
+            added.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -77,7 +78,7 @@ def save_adapter(folder: Path, layers: dict[str, EditLayer], config: dict[str, A
             raise OSError(f"cannot write {str(folder / TENSORS)!r}: {error}") from error
         digest = _sha256(temporary)
     with replacing(folder / CONFIG) as temporary:
-        record = {"format": FORMAT, **config, "tensors_sha256": digest}
+        record = {"format": FORMAT, **config, "sites": [*layers], "tensors_sha256": digest}
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -141,6 +141,20 @@ class MaskKeys(nn.Module):
         owner_A = torch.full_like(text_A, edit_id)
         self._append(bits_AW[is_free_A], owner_A, slot.expand_as(text_A), text_A)
 
+    def move(self, bits_AW: Tensor, texts: Sequence[int]) -> None:
+        """Let prompts that are keys be found by other masks.
+
+        A slot keeps its own mask besides, which says what it answers with.
+        """
+        text_A = self.text_K.new_tensor(texts)
+        is_further_AK = (self.text_K == text_A[:, None]) & ~self._is_slot
+        moved_A, key_A = is_further_AK.nonzero(as_tuple=True)
+        self.bits_KW = self.bits_KW.index_copy(0, key_A, bits_AW[moved_A])
+        slot_A = self.slots_of(texts)
+        is_new_A = (slot_A >= 0) & ~is_further_AK.any(1)
+        slot_A = slot_A[is_new_A]
+        self._append(bits_AW[is_new_A], self.edit_K[slot_A], slot_A, text_A[is_new_A])
+
     def drop(self, edit_id: int) -> None:
         """Forget all keys of an edit."""
         self._keep(self.edit_K != edit_id)

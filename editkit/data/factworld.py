@@ -66,6 +66,8 @@ class FactWorld(EditDataModule):
         split: `edit` for results, `dev` for choosing settings; their subjects are disjoint.
         rephrases_per_edit: Generalization probes an edit, at most 4.
         neighbours_per_edit: Locality probes an edit on other subjects.
+        inserted: Share of the edits that tell something new, about subjects that the model never
+            read of, and overwrite nothing; they have no probes of their subject or of what follows.
         same_subject_per_edit: Locality probes an edit on kept relations of its subject, where it
             has so many.
         negatives_per_edit: Unrelated texts a method may see with each edit.
@@ -86,6 +88,7 @@ class FactWorld(EditDataModule):
         same_subject_per_edit: int = 1,
         negatives_per_edit: int = 2,
         intrinsic: int = 0,
+        inserted: float = 0.0,
         world: Path | None = None,
         order: Literal["file", "shuffled"] = "file",
         seed: int = 0,
@@ -94,7 +97,10 @@ class FactWorld(EditDataModule):
         super().__init__(order=order, seed=seed, **kwargs)
         if split not in NEIGHBOURS:
             raise ValueError(f"split is {split!r}; use 'edit' or 'dev'")
+        if not 0 <= inserted <= 1:
+            raise ValueError(f"inserted is {inserted}; it is a share of the edits, from 0 to 1")
         self.relations, self.split, self.folder = relations, split, world
+        self.inserted = inserted
         self.rephrases_per_edit = rephrases_per_edit
         self.neighbours_per_edit = neighbours_per_edit
         self.same_subject_per_edit = same_subject_per_edit
@@ -115,6 +121,7 @@ class FactWorld(EditDataModule):
         kept = kept_relations(self.world)
         facts = self._editable(kept)
         rng.shuffle(facts)
+        self._insert(facts)
         source = Counterfactuals(self.world, kept, self.split, rng)
         per_edit = self.negatives_per_edit
         negatives = self._negatives(rng, len(facts) * per_edit)
@@ -125,8 +132,9 @@ class FactWorld(EditDataModule):
             edits.append(source.edit(i, fact, texts))
             probes += source.own_probes(edits[i], fact, self.rephrases_per_edit)
             probes += source.other_subjects(i, fact, self.neighbours_per_edit)
-            probes += source.same_subject(i, fact, self.same_subject_per_edit)
-            probes += source.portability(edits[i], fact)
+            if fact.subject in kept:  # else it is new, and nothing is known of it
+                probes += source.same_subject(i, fact, self.same_subject_per_edit)
+                probes += source.portability(edits[i], fact)
         self.texts = self._held_out_texts()
         return edits, probes + self._intrinsic({edit.target for edit in edits})
 
@@ -161,6 +169,18 @@ class FactWorld(EditDataModule):
             and fact.relation not in kept[fact.subject]
             and (self.relations is None or fact.relation in self.relations)
         ]
+
+    def _insert(self, facts: list[Fact]) -> None:
+        """Put facts about new subjects in the place of some of these."""
+        rng = Random(f"inserted {self.split} {self.seed}")
+        named = self.relations or [*self.world.relations]
+        new = [fact for fact in self.world.strangers if fact.relation in named]
+        count = round(self.inserted * len(facts))
+        if count > len(new):
+            raise ValueError(f"inserted asks for {count} new facts; there are {len(new)}")
+        places = rng.sample(range(len(facts)), count)
+        for place, fact in zip(places, rng.sample(new, count), strict=True):
+            facts[place] = fact
 
     def _intrinsic(self, new_objects: set[str]) -> list[Probe]:
         """Ask facts of the other split's neighbours, whom nothing else in this split is about."""

@@ -176,6 +176,12 @@ class World:
             table.setdefault(fact.subject, {})[fact.relation] = fact
         return table
 
+    @cached_property
+    def strangers(self) -> list[Fact]:
+        """Facts of the next world, about subjects that no text of this one names."""
+        other = World(self.seed + 1, self.size)
+        return [fact for fact in other.facts if fact.subject not in self.group]
+
     def facts_of(self, subject: str) -> dict[str, Fact]:
         """Return the facts about `subject` by relation; empty for members of the closed sets."""
         return self._facts_of.get(subject, {})

@@ -50,7 +50,7 @@ from editkit.functional.codebook import Book, mean_label, placed
 from editkit.lm.rows import SiteRows
 from editkit.lm.site_values import SiteValues
 from editkit.methods.base import UndoError
-from editkit.methods.memory import MemoryEdit, text_hashes
+from editkit.methods.memory import MemoryEdit, text_hashes, wordings
 
 INITS = ("cold", "warm")
 
@@ -166,6 +166,17 @@ class GRACE(MemoryEdit):
         if is_shaped != [False]:
             raise UndoError(f"GRACE cannot undo edit {edit_id}: {why}")
         self.memory.drop(edit_id)
+
+    @torch.no_grad()
+    def rekey(self, edits: list[Edit]) -> None:
+        """Move keys to where their prompts lie now; radii and values stay."""
+        at = {text: key for key, text in enumerate(self.memory.text_K.tolist())}
+        texts = wordings(edits)
+        hashes = text_hashes(self.lm, texts)
+        known = [(at[h], text) for h, text in zip(hashes, texts, strict=True) if h in at]
+        found = [self.memory.query(*pair) for pair in self.inputs([text for _, text in known])]
+        if found:
+            self.memory.move([key for key, _ in known], torch.cat(found))
 
     # private
 

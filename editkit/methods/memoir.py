@@ -54,7 +54,7 @@ from editkit.lm.openings import unrelated_prompts
 from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
 from editkit.methods.column_search import RELEASED_DECAY, descend_columns
-from editkit.methods.memory import MemoryEdit, text_hashes
+from editkit.methods.memory import MemoryEdit, text_hashes, wordings
 
 PUBLISHED = Routing()
 
@@ -138,12 +138,9 @@ class MEMOIR(MemoryEdit):
         super().prepare()
         if self.memory.is_centred or not (self.routing.background or self.routing.held_out):
             return
-        count = self.routing.background + self.routing.held_out
-        prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
-        # a short corpus is shared out in the same proportion
-        n = len(prompts) * self.routing.background // count
-        self.centre_on(prompts[:n])
-        self.memory.quiet_NW = self._masks(prompts[n:])
+        background, held_out = self._unrelated()
+        self.centre_on(background)
+        self.memory.quiet_NW = self._masks(held_out)
 
     @torch.no_grad()
     def centre_on(self, prompts: list[str]) -> None:
@@ -198,7 +195,27 @@ class MEMOIR(MemoryEdit):
         self.newest = []
         self.memory.calibrate()
 
+    def rekey(self, edits: list[Edit]) -> None:
+        """Let edits be found by the masks that their prompts have now; calibrate again.
+
+        Their own masks still name the columns that answer.
+        """
+        texts = wordings(edits)
+        self.memory.keys.move(self._masks(texts), text_hashes(self.lm, texts))
+        if len(self.memory.quiet_NW):
+            self.memory.quiet_NW = self._masks(self._unrelated()[1])
+        self.memory.forget_history()
+        self.memory.calibrate()
+
     # private
+
+    def _unrelated(self) -> tuple[list[str], list[str]]:
+        """Return unrelated prompts: those that the centre is found from, and those held out."""
+        count = self.routing.background + self.routing.held_out
+        prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
+        # a short corpus is shared out in the same proportion
+        n = len(prompts) * self.routing.background // count
+        return prompts[:n], prompts[n:]
 
     def _self_match(self, edits: list[Edit], rows: SiteRows) -> float:
         """Return the share of the prompts that, as they stand among the rows, find their edits."""

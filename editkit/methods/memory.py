@@ -106,6 +106,16 @@ class MemoryEdit(EditModule):
                 found += map(Answerer, owners, route.match_B.tolist())
             return ranks.gather_list(found, len(prompts))
 
+    def rekey(self, edits: list[Edit]) -> None:
+        """Find the keys of edits again where their prompts lie now, the base having changed.
+
+        Answers stay as they were written.
+
+        Raises:
+            ValueError: If this memory has no way to.
+        """
+        raise ValueError(f"{type(self).__name__} cannot find its keys again after fine-tuning")
+
     def rows(self, edits: list[Edit]) -> SiteRows:
         """Return the rows that edits train on: each behind nothing and behind every prefix."""
         fronts = ["", *(f"{context} " for context in self.contexts or [])]
@@ -146,6 +156,11 @@ class MemoryEdit(EditModule):
         self.asked = []
 
     on_test_epoch_end = on_validation_epoch_end
+
+
+def wordings(edits: Sequence[Edit]) -> list[str]:
+    """Return every prompt that may be a key to one of these edits, once."""
+    return list(dict.fromkeys(text for e in edits for text in (e.prompt, *e.rephrases)))
 
 
 def text_hashes(lm: EditableLM, prompts: Sequence[str]) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from editkit.edits import Edit
 from editkit.functional.losses import cosine_to
 from editkit.functional.merge import loss_weights
+from editkit.lm.rows import adds_up
 from editkit.methods.health import Health
 from editkit.methods.shard_training import Fit
 from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged_apart
@@ -73,6 +74,18 @@ class Windowed(WISE):
         self.memory.drop([pool])
         self.health.know({i: e for i, e in self.made.items() if i in self.memory.pools.homes})
         self.health.routes()
+
+    def rekey(self, edits: list[Edit]) -> None:
+        """Find all scores again, of edits in their own pools and in others."""
+        self.made = {e.id: e for e in edits if e.id in self.memory.pools.homes}
+        with self.lm.unedited():
+            self.health.adds_up = adds_up(self.lm, self.site)
+        self.health.scores = torch.zeros(0, 0, dtype=torch.float32), [], []
+        self.health.know(self.made)
+        for pool in range(len(self.memory.pools)):
+            super()._measure(pool)
+        for pool in range(len(self.memory.pools)):
+            self.health.place(pool)
 
     def make_room(self, edits: list[Edit]) -> list[Edit]:
         """Let go of edits whose prompts are edited again; of several in a batch the last stays."""

@@ -110,6 +110,12 @@ class WISE(SideEdit):
             self.unmerged -= 1
         super().forget_pool(pool)
 
+    def rekey(self, edits: list[Edit]) -> None:
+        """Find the scores of each pool's own edits again, which thresholds rest on."""
+        self.made = {e.id: e for e in edits if e.id in self.memory.pools.homes}
+        for pool in range(len(self.memory.pools)):
+            self._measure(pool)
+
     def stream_state(self) -> dict[str, Any]:
         """Return where the shards stand."""
         names = ("mask_seed", "in_shard", "unmerged")

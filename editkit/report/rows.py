@@ -11,6 +11,11 @@ from editkit.report.files import Row
 from editkit.report.load import Run
 from editkit.report.measure import measure, measures
 
+AFTERWARDS = {
+    "reapplied": "put on afterwards",
+    "reedited": "edited afterwards",
+    "rekeyed": "keys found again",
+}
 HARNESS = ("before", "after", "difference", "difference_stderr")
 ESTIMATE = ("value", "low", "high", "probes", "edits")
 
@@ -121,7 +126,7 @@ def tuned(runs: Sequence[Run]) -> Iterable[Row]:
                 "task_after": one["downstream"].get("tuned"),
                 "task_never_edited": one["downstream"].get("control"), "kl": one["drift"]["kl"],
                 "fates": found["fates"],
-                "put_on_afterwards": (one.get("reapplied") or {}).get("ERR"),
+                "afterwards": {w: one[n]["ERR"] for n, w in AFTERWARDS.items() if n in one},
                 "identity": (one.get("identity") or {}).get("exact"),
             }  # fmt: skip
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from editkit.callbacks.rows import read_rows
 from editkit.methods.memory import routing_rates
+from editkit.retention.afterwards import ARM_OF
 from editkit.retention.asking import Row
 from editkit.retention.finetune import Arm
 
-DONE, BASE, EDITED, REAPPLIED = "done.json", "base.jsonl", "edited.jsonl", "reapplied.jsonl"
+DONE, BASE, EDITED = "done.json", "base.jsonl", "edited.jsonl"
+RELEARNED = "relearned.jsonl"
 
 Rows = dict[str, Row]
 
@@ -27,7 +29,8 @@ class ArmResult:
         base: Rows of the base model.
         edited: Rows of the edited model; None in the control arm.
         steps: Rows of the fine-tuned model by step.
-        reapplied: Rows of the fine-tuned base model with the edits put on; None where not asked.
+        after: Rows of what was done at the end, by the names of `ARM_OF`.
+        relearned: Lost edits learned again, and their partners; None where not asked.
     """
 
     arm: Arm
@@ -35,19 +38,22 @@ class ArmResult:
     base: Rows
     edited: Rows | None
     steps: dict[int, Rows]
-    reapplied: Rows | None
+    after: dict[str, Rows]
+    relearned: list[dict[str, Any]] | None
 
     @classmethod
     def read(cls, arm: Arm, folder: Path) -> ArmResult:
         """Read a finished arm."""
-        edited, reapplied = folder / EDITED, folder / REAPPLIED
+        relearned = folder / RELEARNED
+        edited, after = folder / EDITED, {n: folder / f"{n}.jsonl" for n in ARM_OF}
         return cls(
             arm,
             json.loads((folder / DONE).read_text(encoding="utf-8")),
-            _rows(folder / BASE),
-            _rows(edited) if edited.exists() else None,
-            {int(p.stem[5:]): _rows(p) for p in sorted(folder.glob("step-*.jsonl"))},
-            _rows(reapplied) if reapplied.exists() else None,
+            answers(folder / BASE),
+            answers(edited) if edited.exists() else None,
+            {int(p.stem[5:]): answers(p) for p in sorted(folder.glob("step-*.jsonl"))},
+            {name: answers(path) for name, path in after.items() if path.exists()},
+            read_rows(relearned) if relearned.exists() else None,
         )
 
     @property
@@ -62,5 +68,6 @@ def gate_rates(rows: Rows | None) -> dict[str, float] | None:
     return routing_rates(told) if told else None
 
 
-def _rows(path: Path) -> Rows:
+def answers(path: Path) -> Rows:
+    """Read the answers of one questioning, by item id."""
     return {row["probe_id"]: row for row in read_rows(path)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -20,14 +21,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from editkit.adapters.io import write_lines
 from editkit.edits import Edit
+from editkit.methods.base import EditModule
+from editkit.methods.memory import MemoryEdit
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.summary import write_json
-from editkit.retention.answers import BASE, DONE, EDITED, REAPPLIED, Rows
-from editkit.retention.asking import ask_base, ask_downstream, ask_items
+from editkit.retention.afterwards import ARM_OF, afterwards
+from editkit.retention.answers import BASE, DONE, EDITED, RELEARNED, Rows, answers
+from editkit.retention.asking import ask_downstream, ask_items
 from editkit.retention.drift import Before, drift, look
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import Item
 from editkit.retention.objectives import Objective
+from editkit.retention.relearn import lost_pairs, relearn
+from editkit.retention.shared import Known
+from editkit.retention.source import EditedRun
 
 LOOK = "before.safetensors"
 ARM_ORDER: tuple[Arm, ...] = ("edited", "control", "identity")
@@ -45,6 +52,9 @@ class Questions:
         faithful: Also score as Wen & Zhang do.
         texts: Held-out texts on which drift is measured.
         edits: Edits whose keys are followed.
+        known: Answers that other runs have found.
+        after: What is done at the end (`ARM_OF`).
+        relearn: Steps in which lost edits are learned again; 0 leaves it out.
     """
 
     items: Sequence[Item]
@@ -53,6 +63,9 @@ class Questions:
     faithful: bool
     texts: Sequence[str]
     edits: Sequence[Edit]
+    known: Known
+    after: Sequence[str] = ()
+    relearn: int = 0
 
 
 class Watch(Callback):
@@ -62,14 +75,14 @@ class Watch(Callback):
         folder: Folder of the arm.
         questions: What to ask.
         objective: What is trained on.
-        reapply: At the end of the control arm, switch the edits on and ask again.
+        run: The edited run.
     """
 
     def __init__(
-        self, folder: Path, questions: Questions, objective: Objective, reapply: bool = False
+        self, folder: Path, questions: Questions, objective: Objective, run: EditedRun
     ) -> None:
         self.folder, self.questions, self.objective = folder, questions, objective
-        self.reapply = reapply
+        self.run = run
         self.numbers: dict[str, Any] = {}
         self.asked_at = -1
 
@@ -78,6 +91,11 @@ class Watch(Callback):
         method, questions = pl_module.method, self.questions
         assert method is not None
         method.evaluation = questions.evaluation
+        if "rekeyed" in questions.after and not isinstance(method, MemoryEdit):
+            raise ValueError(
+                f"{type(method).__name__} has no keys to find again; --retain.rekey is for methods "
+                "with a memory, such as MEMOIR"
+            )
         if trainer.ckpt_path:
             self.before = Before.load(self.folder / LOOK)
             return
@@ -85,12 +103,13 @@ class Watch(Callback):
             rows = dict.fromkeys([*self.objective.plan, *self.objective.tests])
             pl_module.note_start([*rows], questions.evaluation.batch_size)
             with method.lm.unedited():
-                self._note("downstream_base", pl_module)
-                base = ask_base(method, questions.items, questions.faithful)
+                self._note("downstream_base", method)
+                base = questions.known.rows(method, False, partial(self._ask, method))
             self._write(BASE, base)
             if pl_module.arm != "control":
-                self._note("downstream_before", pl_module)
-                self._write(EDITED, self._ask(pl_module))
+                self._note("downstream_before", method)
+                edited = questions.known.rows(method, True, partial(self._ask, method))
+                self._write(EDITED, edited)
             self.before = look(method.lm, questions.texts, questions.edits)
         if trainer.is_global_zero:
             self.before.save(self.folder / LOOK)
@@ -113,11 +132,13 @@ class Watch(Callback):
         with Still(pl_module):
             now = look(lm, self.questions.texts, self.questions.edits)
             self.numbers["drift"] = drift(lm, self.before, now, pl_module.start)
-            if self.reapply and pl_module.arm == "control":
-                pl_module.enable_edits(True)
-                self._note("downstream_reapplied", pl_module)
-                self._write(REAPPLIED, self._ask(pl_module))
-                pl_module.enable_edits(False)
+            if self.questions.relearn and pl_module.arm == "edited":
+                self._write(RELEARNED, self._relearned(pl_module, step))
+            for name in self.questions.after:
+                if ARM_OF[name] == pl_module.arm:
+                    with afterwards(name, pl_module.method, self.run) as method:
+                        self._note(f"downstream_{name}", method)
+                        self._write(f"{name}.jsonl", self._ask(method))
         loss = trainer.callback_metrics.get("loss")
         self.numbers |= {
             "step": step,
@@ -137,25 +158,30 @@ class Watch(Callback):
 
     # private
 
-    def _ask(self, module: FineTuneEdited) -> Rows:
-        assert module.method is not None
-        return ask_items(module.method, self.questions.items, self.questions.faithful)
+    def _ask(self, method: EditModule) -> Rows:
+        return ask_items(method, self.questions.items, self.questions.faithful)
+
+    def _relearned(self, module: FineTuneEdited, step: int) -> list[dict[str, Any]]:
+        names = (BASE, EDITED, f"step-{step:06d}.jsonl")
+        pairs = lost_pairs(self.questions.items, *(answers(self.folder / name) for name in names))
+        size = self.objective.batch_size
+        return relearn(module, pairs, self.questions.relearn, module.lr, size) if pairs else []
 
     def _ask_now(self, module: FineTuneEdited, step: int) -> None:
+        assert module.method is not None
         with Still(module):
             self.asked_at = step
-            self._note(f"downstream_{step}", module)
-            self._write(f"step-{step:06d}.jsonl", self._ask(module))
+            self._note(f"downstream_{step}", module.method)
+            self._write(f"step-{step:06d}.jsonl", self._ask(module.method))
 
-    def _note(self, name: str, module: FineTuneEdited) -> None:
-        assert module.method is not None
-        score = ask_downstream(module.method, self.objective, self.questions.evaluation)
+    def _note(self, name: str, method: EditModule) -> None:
+        score = ask_downstream(method, self.objective, self.questions.evaluation)
         self.numbers[name] = score
 
     @rank_zero_only
-    def _write(self, name: str, rows: Rows) -> None:
+    def _write(self, name: str, rows: Rows | list[dict[str, Any]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_lines(self.folder / name, rows.values())
+        write_lines(self.folder / name, rows.values() if isinstance(rows, dict) else rows)
 
     @rank_zero_only
     def _finish(self) -> None:

@@ -56,12 +56,6 @@ def ask_items(method: EditModule, items: Sequence[Item], faithful: bool) -> dict
     return rows
 
 
-def ask_base(method: EditModule, items: Sequence[Item], faithful: bool) -> dict[str, Row]:
-    """Score all items on the model without its edits; before fine-tuning that is the base model."""
-    with method.lm.unedited():
-        return ask_items(method, items, faithful)
-
-
 def _add_substrings(method: EditModule, items: Sequence[Item], rows: dict[str, Row]) -> None:
     """Note whether each answer is a part of the model's text, as written."""
     long = replace(method.evaluation, scorers=("generation",), stop=(), max_new_tokens=LONG)

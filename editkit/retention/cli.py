@@ -18,6 +18,7 @@ from rich.console import Console
 from editkit.callbacks.progress import EditProgress
 from editkit.metrics.protocol import EvalProtocol
 from editkit.report.page import write_report
+from editkit.retention.afterwards import ARM_OF
 from editkit.retention.answers import DONE
 from editkit.retention.arms import (
     ARM_ORDER,
@@ -30,8 +31,9 @@ from editkit.retention.arms import (
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import facts_of, fingerprint, freeze, make_items
 from editkit.retention.objectives import Objective
-from editkit.retention.result import control_key, write_result
+from editkit.retention.result import write_result
 from editkit.retention.settings import Settings, parser
+from editkit.retention.shared import control_name, known_answers, sole
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
 from editkit.trainer_cli import no_orphans
@@ -76,6 +78,7 @@ class Retention:
                 f"trainer.max_epochs is {config.trainer.max_epochs}; the length is --data.steps, "
                 "which deals the rows anew as often as it takes"
             )
+        self._check_reach(config)
         self.run = EditedRun(Path(config.run), config.trust)
         self.folder = Path(config.out or self.run.folder / "retention" / self.objective.name)
         self.items = make_items(self.run, self.built.probes)
@@ -85,9 +88,20 @@ class Retention:
         if _is_first():
             freeze(self.folder / ITEMS, self.items)
 
+    def _check_reach(self, config: Namespace) -> None:
+        """Refuse what some options cannot do together."""
+        is_alone = config.trainer.devices == 1
+        for name in ("shared", "reedit"):
+            if getattr(self.settings, name) and not is_alone:
+                raise ValueError(f"retain.{name} is for runs on one device; leave it out")
+        if self.settings.reedit and config.model.kind == "dora":
+            raise ValueError("retain.reedit edits plain weights; use model.kind full or lora")
+
     def finish(self) -> Path:
         """Run the arms that are not done, then write the results and the report."""
         try:
+            if self._shares("control"):
+                self.run_arm("control", wait=False)
             for arm in ARM_ORDER:
                 if arm in self.settings.arms:
                     self.run_arm(arm)
@@ -103,16 +117,29 @@ class Retention:
 
     def arm_folder(self, arm: Arm) -> Path:
         """Return where an arm's answers lie."""
-        shared = self.settings.controls
-        if arm == "control" and shared is not None and not self.settings.reapply:
-            return shared / control_key(self)
+        if self._shares(arm) and self.settings.shared is not None:
+            return self.settings.shared / control_name(self)
         return self.folder / "arms" / arm
 
-    def run_arm(self, arm: Arm) -> None:
-        """Fine-tune one arm, unless that is done."""
+    def run_arm(self, arm: Arm, wait: bool = True) -> None:
+        """Fine-tune one arm, unless that is done.
+
+        Args:
+            arm: Its name.
+            wait: Wait where another run is at it, or else leave it.
+        """
         folder = self.arm_folder(arm)
-        if (folder / DONE).exists():
-            return
+        with sole(folder, self._shares(arm), wait) as is_mine:
+            if is_mine and not (folder / DONE).exists():
+                self._run(arm, folder)
+
+    def _shares(self, arm: Arm) -> bool:
+        """Whether other runs may have this arm, too."""
+        told = self.settings
+        is_own = any(ARM_OF[name] == arm for name in told.after)
+        return arm == "control" and arm in told.arms and bool(told.shared) and not is_own
+
+    def _run(self, arm: Arm, folder: Path) -> None:
         module = FineTuneEdited(
             run=self.run.folder, loss=self.objective.loss, arm=arm, trust=self.config.trust,
             **self.built.model.as_dict(),
@@ -133,9 +160,10 @@ class Retention:
             self.items, self.evaluation, self.settings.at,
             self.settings.mode == "ret_faithful",
             texts or [row.text for row in self.objective.tests][: self.settings.drift_texts],
-            [*self.run.standing.values()][: self.settings.drift_edits],
+            [*self.run.standing.values()][: self.settings.drift_edits], known_answers(self),
+            self.settings.after, self.settings.relearn,
         )  # fmt: skip
-        watch = Watch(folder, questions, self.objective, self.settings.reapply)
+        watch = Watch(folder, questions, self.objective, self.run)
         given = options["callbacks"] or []
         options["callbacks"] = [*(given if isinstance(given, list) else [given]), watch]
         if options["enable_checkpointing"] in (None, True):

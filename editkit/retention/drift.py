@@ -1,11 +1,12 @@
-"""How far fine-tuning has moved an edited model: its words, its weights, and what its edits see.
+"""How far fine-tuning has moved an edited model: its words, weights, activations and keys.
 
-Legend: N places, V vocabulary, F layer input, E edits.
+Legend: N places, V vocabulary, F layer input, H hidden width, E edits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,30 +34,29 @@ class Before:
 
     Args:
         log_p_NV: Log probabilities at places of held-out texts.
-        keys: Input of each edit layer at the edits' subjects, [E, F], by site path.
+        seen: At the edits' subjects, the input of each edit layer (`keys.` and its path), [E, F],
+            and the output of each block (`activations.` and its number), [E, H].
     """
 
     log_p_NV: Tensor
-    keys: dict[str, Tensor]
+    seen: dict[str, Tensor]
 
     def save(self, path: Path) -> None:
         """Keep it for a resumed run."""
-        tensors = {"log_p": self.log_p_NV, **{f"keys.{k}": v for k, v in self.keys.items()}}
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+            save_file({"log_p": self.log_p_NV.contiguous(), **self.seen}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> Before:
         """Take it back."""
         tensors = load_file(path)
-        log_p_NV = tensors.pop("log_p")
-        return cls(log_p_NV, {k.removeprefix("keys."): v for k, v in tensors.items()})
+        return cls(tensors.pop("log_p"), tensors)
 
 
 def look(lm: EditableLM, texts: Sequence[str], edits: Sequence[Edit]) -> Before:
     """Read held-out texts and the edited prompts with the model as it stands."""
-    return Before(_log_probabilities(lm, texts), _keys(lm, edits))
+    return Before(_log_probabilities(lm, texts), _at_subjects(lm, edits))
 
 
 def drift(lm: EditableLM, before: Before, now: Before, start: dict[str, Tensor]) -> dict[str, Any]:
@@ -72,15 +72,24 @@ def drift(lm: EditableLM, before: Before, now: Before, start: dict[str, Tensor])
         `kl`: KL(fine-tuned || edited) on held-out text, nats per token. `weights`: by matrix
         `relative` = ||dW|| / ||W|| and `cosine` with what the edits wrote there, where that is one
         change of the matrix. `keys`: by edited site, mean ||k_ft - k_ed|| / ||k_ed|| of the input
-        at the edits' subjects.
+        at the edits' subjects. `activations`: by block, the same of its output.
     """
     return {
         "kl": mean_kl(now.log_p_NV, before.log_p_NV) if len(now.log_p_NV) else None,
         "weights": _weights(lm, start),
-        "keys": {
-            site: float(((now.keys[site] - keys).norm(dim=1) / keys.norm(dim=1)).mean())
-            for site, keys in before.keys.items()
-        },
+        "keys": _shifts(before, now, "keys."),
+        "activations": _shifts(before, now, "activations."),
+    }
+
+
+def _shifts(before: Before, now: Before, kind: str) -> dict[str, float]:
+    """Return the mean of ||after - before|| / ||before|| over edits, by name."""
+    return {
+        name.removeprefix(kind): float(
+            ((now.seen[name] - rows).norm(dim=1) / rows.norm(dim=1)).mean()
+        )
+        for name, rows in before.seen.items()
+        if name.startswith(kind)
     }
 
 
@@ -102,28 +111,33 @@ def _log_probabilities(lm: EditableLM, texts: Sequence[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _keys(lm: EditableLM, edits: Sequence[Edit]) -> dict[str, Tensor]:
-    """Return the inputs of every edit layer at the edits' subjects (else at the prompts' ends)."""
-    found: dict[str, Tensor] = {}
-    for site, layer in lm.layers.items():
-        parts = []
-        for start in range(0, len(edits), ROWS):
-            part = edits[start : start + ROWS]
-            prompts = [e.prompt for e in part]
-            tokens = lm.encode(prompts)
-            last_B = tokens.prompt_BT.sum(1) - 1
-            named = [i for i, e in enumerate(part) if e.subject]
-            if named:
-                at = lm.policy.subject_indices(
-                    [prompts[i] for i in named], [part[i].subject or "" for i in named]
-                )
-                last_B[named] = last_B.new_tensor(at)
-            with tap(layer, inputs=True, stop=True) as seen:
-                lm.forward(tokens)
-            rows = torch.arange(len(part), device=last_B.device)
-            parts.append(seen[0][rows, last_B].float().cpu())
-        found[site] = torch.cat(parts)
-    return found
+def _at_subjects(lm: EditableLM, edits: Sequence[Edit]) -> dict[str, Tensor]:
+    """Return inputs of edit layers and outputs of blocks at the edits' subjects (else the ends)."""
+    found: dict[str, list[Tensor]] = {}
+    blocks = [(f"activations.{i}", block) for i, block in enumerate(lm.blocks)]
+    for start in range(0, len(edits), ROWS):
+        part = edits[start : start + ROWS]
+        tokens = lm.encode([e.prompt for e in part])
+        at_B = _places(lm, part, tokens.prompt_BT.sum(1) - 1)
+        rows_B = torch.arange(len(part), device=at_B.device)
+        with ExitStack() as taps:
+            seen = {f"keys.{s}": taps.enter_context(tap(m, True)) for s, m in lm.layers.items()}
+            for name, block in blocks:
+                seen[name] = taps.enter_context(tap(block, stop=block is blocks[-1][1]))
+            lm.forward(tokens)
+        for name, tensors in seen.items():
+            found.setdefault(name, []).append(tensors[0][rows_B, at_B].float().cpu())
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+def _places(lm: EditableLM, edits: Sequence[Edit], last_B: Tensor) -> Tensor:
+    """Return where each edit's subject ends, [B]; the prompt's end where it names none."""
+    named = [i for i, e in enumerate(edits) if e.subject]
+    if named:
+        prompts = [edits[i].prompt for i in named]
+        at = lm.policy.subject_indices(prompts, [edits[i].subject or "" for i in named])
+        last_B[named] = last_B.new_tensor(at)
+    return last_B
 
 
 def _weights(lm: EditableLM, start: dict[str, Tensor]) -> dict[str, dict[str, float | None]]:

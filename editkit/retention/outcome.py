@@ -2,7 +2,8 @@
 
 A line of `retention.jsonl` is one item under one scorer at one checkpoint of one arm:
 
-    run, arm, ckpt_step     arm: edited, control (never edited), identity (lr 0), reapplied
+    run, arm, ckpt_step     arm: edited, control (never edited), identity (lr 0), or what was
+                            done afterwards (`editkit.retention.afterwards`)
     set, item_id, prompt_kind, relation, matched    see `editkit.retention.items`
     scorer, score_M0, score_Med, score_Mft          Med is null in the control arm
     logp_M0, logp_Med, logp_Mft                     log probability per token of the expected answer

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import editkit
@@ -13,6 +11,7 @@ from editkit.adapters.io import write_lines
 from editkit.callbacks.protocol import commit
 from editkit.data.finetuning import Example
 from editkit.metrics.summary import write_json
+from editkit.retention.afterwards import ARM_OF
 from editkit.retention.answers import ArmResult, gate_rates
 from editkit.retention.outcome import (
     FAITHFUL,
@@ -24,7 +23,7 @@ from editkit.retention.outcome import (
     match_facts,
     rates,
 )
-from editkit.retention.trainable import Freeze
+from editkit.retention.relearn import latent_rates
 
 if TYPE_CHECKING:
     from editkit.retention.cli import Retention
@@ -52,12 +51,10 @@ def write_result(made: Retention) -> dict[str, Any]:
             told[arm, step] = [
                 *lines(name, arm, step, items, found.base, found.edited, tuned, matched)
             ]
-        if found.reapplied is not None:
-            rows = lines(
-                name, "reapplied", found.last, items, found.base, own.edited, found.reapplied,
-                matched,
-            )  # fmt: skip
-            told["reapplied", found.last] = [*rows]
+        for after, rows in found.after.items():
+            told[after, found.last] = [
+                *lines(name, after, found.last, items, found.base, own.edited, rows, matched)
+            ]
     write_lines(made.folder / ROWS, (line for part in told.values() for line in part))
     summary = _summary(made, arms, told)
     write_json(made.folder / SUMMARY, summary)
@@ -93,12 +90,14 @@ def _summary(
     if "control" in arms:
         control = told["control", arms["control"].last]
         found["control"] = control_rates(control) | against_control(end, control)
-        found["control"]["drift"] = arms["control"].numbers["drift"]
+        found["control"]["drift"] = {"kl": arms["control"].numbers["drift"]["kl"]}
+    if own.relearned is not None:
+        found["latent"] = latent_rates(own.relearned) if own.relearned else {"pairs": 0}
     if "identity" in arms:
         found["identity"] = _identity(told["identity", arms["identity"].last])
     for (arm, _), rows in told.items():
-        if arm == "reapplied":
-            found["reapplied"] = rates(rows)
+        if arm in ARM_OF:
+            found[arm] = rates(rows)
     return found
 
 
@@ -117,11 +116,11 @@ def _downstream(arms: dict[Any, ArmResult]) -> dict[str, float | None]:
         "edited": own.numbers["downstream_before"],
         "tuned": own.numbers[f"downstream_{own.last}"],
     }
+    for arm in arms.values():
+        found |= {name: arm.numbers[f"downstream_{name}"] for name in arm.after}
     if "control" in arms:
         control = arms["control"]
         found["control"] = control.numbers[f"downstream_{control.last}"]
-        if "downstream_reapplied" in control.numbers:
-            found["reapplied"] = control.numbers["downstream_reapplied"]
         if None not in (found["control"], found["tuned"]):
             found["tax"] = found["control"] - found["tuned"]
     return found
@@ -193,31 +192,3 @@ def plan_sha256(plan: Sequence[Example]) -> str:
     for row in plan:
         digest.update(repr((row.prompt, row.target, row.rejected)).encode())
     return digest.hexdigest()
-
-
-def control_key(made: Retention) -> str:
-    """Name a control arm by all that its outcome depends on.
-
-    The edits themselves are not among it: they are switched off. Where the layers that hold them
-    decide what is frozen, the names of these count.
-    """
-    frozen: Freeze = made.built.model.freeze
-    sites = [] if frozen.policy == "none" else _edited_tensors(made.run.folder)
-    model = made.config.model.as_dict() | {"scope": "backbone"}
-    told = [
-        made.run.artefact["base"]["hash"], made.sha, sites, model, plan_sha256(made.objective.plan),
-        [repr(row) for row in made.objective.tests], made.evaluation.describe(),
-        made.settings.at, made.settings.mode, made.objective.batch_size,
-        made.settings.drift_texts, made.settings.drift_edits, made.config.seed_everything,
-        made.config.trainer.as_dict(),
-    ]  # fmt: skip
-    return hashlib.sha256(json.dumps(told, default=str, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _edited_tensors(folder: Path) -> list[str]:
-    from safetensors import safe_open
-
-    from editkit.adapters.io import TENSORS
-
-    with safe_open(folder / TENSORS, "pt") as tensors:
-        return sorted(tensors.keys())

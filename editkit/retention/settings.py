@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
 from editkit.metrics.protocol import EvalProtocol
+from editkit.retention.afterwards import ARM_OF
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import ProbeSets
 from editkit.retention.objectives import Objective
@@ -38,29 +39,44 @@ class Settings:
         mode: `symmetric` scores edits and facts alike; `ret_faithful` also as Wen & Zhang did:
             edits by their first token, facts by a substring of 50 new tokens.
         reapply: A remedy: also put the edits on the fine-tuned control, as if they had sat out.
+        reedit: A remedy: also edit the fine-tuned control afresh, by the same method in the same
+            batches: the order swapped, which costs as much as the run.
+        rekey: A remedy for memories: also find the keys of the fine-tuned edited model again, from
+            the edits' prompts.
+        relearn: Steps in which lost edits are learned again at the end, each beside the same answer
+            taught of an untouched fact, to tell what is latent from what is gone; 0 leaves it out.
         drift_texts: Held-out texts on which drift is measured.
         drift_edits: Edits whose keys are followed.
         checkpoint_every: Steps between two checkpoints to resume from.
-        controls: Folder in which control arms are shared by runs that fine-tune the same base on
-            the same rows in the same way and ask the same questions; none keeps it in the run.
+        shared: Folder of what runs have in common: control arms of the same base on the same rows
+            in the same way, and answers before fine-tuning; none keeps all in the run.
     """
 
     arms: tuple[Arm, ...] = ("edited", "control", "identity")
     at: tuple[int, ...] = ()
     mode: Literal["symmetric", "ret_faithful"] = "symmetric"
     reapply: bool = False
+    reedit: bool = False
+    rekey: bool = False
+    relearn: int = 0
     drift_texts: int = 50
     drift_edits: int = 100
     checkpoint_every: int = 200
-    controls: Path | None = None
+    shared: Path | None = None
 
     def __post_init__(self) -> None:
         """Check user input."""
-        if "edited" not in self.arms or (self.reapply and "control" not in self.arms):
+        if "edited" not in self.arms or not {ARM_OF[name] for name in self.after} <= {*self.arms}:
             raise ValueError(
                 f"retain.arms is {list(self.arms)}; the edited arm must be among them, and with "
-                "--retain.reapply true the control arm, too"
+                "--retain.reapply or --retain.reedit the control arm, too"
             )
+
+    @property
+    def after(self) -> list[str]:
+        """What is done at the end, by the name that its answers have."""
+        told = {"reapplied": self.reapply, "reedited": self.reedit, "rekeyed": self.rekey}
+        return [name for name, is_on in told.items() if is_on]
 
 
 def parser() -> LightningArgumentParser:

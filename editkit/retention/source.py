@@ -14,8 +14,9 @@ from random import Random
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from safetensors import safe_open
 
-from editkit.adapters.io import read_config
+from editkit.adapters.io import TENSORS, read_config
 from editkit.callbacks.folder import EDITS, SUMMARY
 from editkit.callbacks.rows import read_rows
 from editkit.data.base import EditDataModule
@@ -108,6 +109,15 @@ class EditedRun:
         stream: EditDataModule = instantiate(parser, config).data
         return stream
 
+    @property
+    def sites(self) -> list[str]:
+        """Paths of the layers that hold the edits; of older runs, names of their tensors."""
+        told = self.artefact.get("sites")
+        if told is None:
+            with safe_open(self.folder / TENSORS, "pt") as tensors:
+                told = tensors.keys()
+        return sorted(told)
+
     @cached_property
     def standing(self) -> dict[int, Edit]:
         """Edits that were made and not taken back, by id."""
@@ -173,12 +183,11 @@ class EditedRun:
         """Draw statements about subjects that the base model never read of; none on real data."""
         if self.world is None:
             return []
-        other = World(self.world.seed + 1, self.world.size)
         rng = Random(f"unknown {seed}")
-        known = set(self.world.group)
-        facts = [fact for fact in other.facts if fact.subject not in known]
+        told = {edit.subject for edit in self.data.edits}
+        facts = [fact for fact in self.world.strangers if fact.subject not in told]
         return [
-            Edit(i, other.prompt(fact, rng.choice(fact.trained)), fact.object, fact.subject,
+            Edit(i, self.world.prompt(fact, rng.choice(fact.trained)), fact.object, fact.subject,
                  relation=fact.relation)
             for i, fact in enumerate(rng.sample(facts, min(count, len(facts))))
         ]  # fmt: skip

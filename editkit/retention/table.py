@@ -35,8 +35,13 @@ def shown(folder: Path) -> Table:
             table.add_row(label, *_cells(main[name]))
     if "control" in summary:
         table.add_row("facts kept by the never-edited", *_cells(summary["control"]["IRR"]))
-    if "reapplied" in summary:
-        table.add_row("edits put on afterwards", *_cells(summary["reapplied"]["ERR"]))
+    for name, label in (
+        ("reapplied", "edits put on afterwards"),
+        ("reedited", "edits made afterwards"),
+        ("rekeyed", "edits kept, keys found again"),
+    ):
+        if name in summary:
+            table.add_row(label, *_cells(summary[name]["ERR"]))
     told = ", ".join(
         f"{name} {value:.3g}" for name, value in summary["downstream"].items() if value is not None
     )
@@ -44,6 +49,11 @@ def shown(folder: Path) -> Table:
     table.caption = f"{summary['measure']} on the task: {told}" + (
         "" if kl is None else f"; KL to the edited model {kl:.3g} nats a token"
     )
+    if (summary.get("latent") or {}).get("pairs"):
+        again, new = (summary["latent"][f"steps_{who}"]["value"] for who in ("lost", "partner"))
+        table.caption += (
+            f"; lost edits are learned again in {again:.2f} steps, new ones in {new:.2f}"
+        )
     return table
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing.context import BaseContext
 from pathlib import Path
+from threading import Thread
+
+PRELOADED = ("editkit.trainer_cli", "editkit.retention.cli", "editkit.api", "peft")
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,34 @@ def _timed(cell: Cell, run: Callable[[Cell], int]) -> str:
 def run_one(cell: Cell) -> int:
     """Run a cell in a process of its own, its output into its log; return the exit code."""
     cell.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "editkit", *cell.args]
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with cell.log.open("w", encoding="utf-8") as file:
-        return subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-            env={**os.environ, **threads},
-        ).returncode  # fmt: skip
+    process = _starter().Process(target=_work, args=(cell,))
+    process.start()
+    process.join()
+    return int(process.exitcode or 0)
+
+
+@cache
+def _starter() -> BaseContext:
+    """Return what starts processes: forks of one that has the imports behind it."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload([*PRELOADED])
+    return context
+
+
+def _work(cell: Cell) -> None:
+    """Be the command of a cell; end with the study, even where that is killed."""
+    with cell.log.open("w", encoding="utf-8") as log, open(os.devnull, encoding="utf-8") as empty:
+        for here, there in ((empty, 0), (log, 1), (log, 2)):
+            os.dup2(here.fileno(), there)
+    Thread(target=_follow, daemon=True).start()
+    main_module = import_module("editkit.__main__")  # Lightning starts further devices by it
+    sys.modules["__main__"], sys.argv = main_module, [str(main_module.__file__), *cell.args]
+    sys.exit(import_module("editkit.cli").main([*cell.args]))
+
+
+def _follow() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

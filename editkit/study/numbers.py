@@ -12,7 +12,7 @@ from editkit.functional.retention import edit_retention, fact_retention
 from editkit.metrics.intervals import Estimate, estimate, estimate_contrast
 from editkit.report.compare import mcnemar
 from editkit.report.files import read_lines
-from editkit.study.plan import NONE, Study
+from editkit.study.plan import NONE, Stream, Study
 
 Part = tuple[list[float], list[int | None]]
 APART = 1_000_000  # edits of two seeds are two edits
@@ -27,8 +27,8 @@ class Point:
         method: Label.
         objective: Label.
         remedy: Label.
-        seeds: Seeds that are done.
-        missing: Seeds that are not.
+        done: Streams that are done.
+        missing: Streams that are not.
         ERR: Edits kept.
         IRR: Intrinsic facts kept.
         IRR_matched: Those matched to the edits.
@@ -43,13 +43,16 @@ class Point:
         only_here: Edits kept here and not without the remedy; None for `none`.
         only_there: The reverse.
         mcnemar_p: Exact p of these two.
+        fates: What became of the edits, counted.
+        kept: Whether each edit is right at the end.
+        items: Of the edits (`E`) and intrinsic facts (`K`) that count, whether each is kept.
     """
 
     method: str
     objective: str
     remedy: str
-    seeds: list[int] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
+    done: list[Stream] = field(default_factory=list)
+    missing: list[Stream] = field(default_factory=list)
     ERR: Estimate | None = None
     IRR: Estimate | None = None
     IRR_matched: Estimate | None = None
@@ -66,23 +69,27 @@ class Point:
     mcnemar_p: float | None = None
     fates: dict[str, int] = field(default_factory=dict)
     kept: dict[tuple[int, str], float] = field(default_factory=dict, repr=False)
+    items: dict[str, dict[tuple[int, str], float]] = field(
+        default_factory=lambda: {"E": {}, "K": {}}, repr=False
+    )
 
 
 def collect(study: Study, root: Path) -> list[Point]:
     """Read every finished run of a study."""
     found: dict[tuple[str, str, str], Point] = {}
     parts: dict[tuple[str, str, str], list[tuple[int, Path]]] = {}
-    for method, objective, remedy, seed in study.points():
+    place = {stream: n for n, stream in enumerate(study.streams)}
+    for method, objective, remedy, stream in study.points():
         key = method, objective, remedy
         point = found.setdefault(key, Point(*key))
-        folder = study.tuned_folder(root, method, objective, remedy, seed)
+        folder = study.tuned_folder(root, method, objective, remedy, stream)
         if (folder / "summary.json").exists():
-            point.seeds.append(seed)
-            parts.setdefault(key, []).append((seed, folder))
+            point.done.append(stream)
+            parts.setdefault(key, []).append((place[stream], folder))
         else:
-            point.missing.append(seed)
+            point.missing.append(stream)
     for key, folders in parts.items():
-        _fill(found[key], folders, study.scorer)
+        _fill(found[key], folders, study)
     for (method, objective, remedy), point in found.items():
         plain = found.get((method, objective, NONE))
         if remedy != NONE and plain is not None:
@@ -90,35 +97,41 @@ def collect(study: Study, root: Path) -> list[Point]:
     return [*found.values()]
 
 
-def _fill(point: Point, folders: Sequence[tuple[int, Path]], scorer: str) -> None:
-    """Pool the lines of all seeds, an edit of a seed being a cluster."""
+def _fill(point: Point, folders: Sequence[tuple[int, Path]], study: Study) -> None:
+    """Pool the lines of all streams, an edit of a stream being a cluster."""
+    scorer, arm, is_alone = study.scorer, study.arm(point.remedy), bool(study.alone)
     kept, known, like, control = [], [], [], []
     summaries = []
-    for seed, folder in folders:
+    for n, folder in folders:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         summaries.append(summary)
         rows, _ = read_lines(folder / "retention.jsonl", LINE_KEYS)
         end = [r for r in rows if r["scorer"] == scorer and r["ckpt_step"] == summary["step"]]
-        own = [r for r in end if r["arm"] == "edited"]
-        kept.append(_part([r for r in own if r["prompt_kind"] == "rewrite"], seed, edit_retention))
+        own = [r for r in end if r["arm"] == arm]
+        made = [r for r in own if r["prompt_kind"] == "rewrite"]
+        kept.append(_part(made, n, edit_retention))
         facts = [r for r in own if r["set"] == "K"]
-        known.append(_part(facts, seed, fact_retention))
-        like.append(_part([r for r in facts if r["matched"]], seed, fact_retention))
+        known.append(_part(facts, n, fact_retention, is_alone))
+        matched = [r for r in facts if r["matched"]]
+        like.append(_part(matched, n, fact_retention, is_alone))
+        for name, asked, part in (("E", made, kept[-1]), ("K", facts, known[-1])):
+            pairs = zip(asked, part[0], strict=True)
+            point.items[name] |= {(n, r["item_id"]): v for r, v in pairs if v == v}
         theirs = [r for r in end if r["arm"] == "control" and r["set"] == "K"]
         values = [r["score_Mft"] if r["score_M0"] == 1 else float("nan") for r in theirs]
-        control.append((values, [None] * len(values)))
-        for r in own:
-            if r["prompt_kind"] == "rewrite":
-                point.kept[seed, r["item_id"]] = float(r["score_Mft"])
-                point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
-    edits, facts_all, matched, never = map(_joined, (kept, known, like, control))
+        control.append((values, _clusters(theirs, n, is_alone)))
+        for r in made:
+            point.kept[n, r["item_id"]] = float(r["score_Mft"])
+            point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
+    edits, facts_all, alike, never = map(_joined, (kept, known, like, control))
     point.ERR, point.IRR = estimate(*edits), estimate(*facts_all)
-    point.IRR_matched, point.control = estimate(*matched), estimate(*never)
+    point.IRR_matched, point.control = estimate(*alike), estimate(*never)
     point.gap = estimate_contrast(facts_all, edits, "difference")
     point.diff_in_diff = estimate_contrast(never, edits, "difference")
     point.measure = summaries[0]["measure"]
     for moment in ("base", "edited", "tuned", "control"):
-        values = [s["downstream"].get(moment) for s in summaries]
+        name = arm if moment == "tuned" and arm != "edited" else moment
+        values = [s["downstream"].get(name) for s in summaries]
         if None not in values:
             point.downstream[moment] = sum(values) / len(values)
     point.kl = _mean([s["drift"]["kl"] for s in summaries])
@@ -136,10 +149,17 @@ def _pair(point: Point, plain: Point) -> None:
     point.mcnemar_p = mcnemar(point.only_there, point.only_here)
 
 
-def _part(rows: Sequence[dict[str, Any]], seed: int, pick: Any) -> Part:
+def _part(rows: Sequence[dict[str, Any]], stream: int, pick: Any, is_alone: bool = False) -> Part:
     hits = [[r[name] == 1 for r in rows] for name in ("score_M0", "score_Med", "score_Mft")]
-    ids = [None if r["edit_id"] is None else seed * APART + r["edit_id"] for r in rows]
-    return pick(*hits), ids
+    return pick(*hits), _clusters(rows, stream, is_alone)
+
+
+def _clusters(rows: Sequence[dict[str, Any]], stream: int, is_alone: bool) -> list[int | None]:
+    """Return what hangs together: questions of an edit, and all of a model with one edit."""
+    first = stream * APART
+    if is_alone:
+        return [first] * len(rows)
+    return [None if r["edit_id"] is None else first + r["edit_id"] for r in rows]
 
 
 def _joined(parts: Sequence[Part]) -> Part:

@@ -13,6 +13,8 @@ from editkit.report.files import write_text
 from editkit.report.words import chance, number
 from editkit.study.numbers import Point
 from editkit.study.plan import NONE, Study
+from editkit.study.short import HEADS as SHORT_HEADS
+from editkit.study.short import Short, shorten
 
 HEADS = (
     "method", "objective", "remedy", "edits kept (ERR)", "facts kept (IRR)", "matched facts",
@@ -28,30 +30,52 @@ figure{background:#fff}}"""
 
 def write_study(study: Study, points: Sequence[Point], folder: Path) -> tuple[Path, Path]:
     """Write `table.md` and `page.html`; return both."""
-    rows = table_rows(points)
+    short = [_short_row(one) for one in shorten(points)]
+    tables = [("In short", SHORT_HEADS, short), ("Every run", HEADS, table_rows(points))]
     note = notes(study, points)
-    lines = [
-        f"# {study.name}", "", "| " + " | ".join(HEADS) + " |", "|---" * len(HEADS) + "|",
-        *("| " + " | ".join(row) + " |" for row in rows), "", *note,
-    ]  # fmt: skip
+    lines = [f"# {study.name}", ""]
+    for title, heads, rows in tables:
+        lines += [f"## {title}", "", *_markdown(heads, rows), ""]
     table, page = folder / "table.md", folder / "page.html"
-    write_text(table, "\n".join(lines) + "\n")
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    heads = "".join(f"<th>{html.escape(head)}</th>" for head in HEADS)
+    write_text(table, "\n".join([*lines, *note]) + "\n")
+    first, every = (f"<h2>{title}</h2>{_html(heads, rows)}" for title, heads, rows in tables)
     figures = "".join(
         f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>"
         for caption, svg in draw(points)
     )
+    said = "".join(f"<p>{html.escape(line)}</p>" for line in note if line)
     write_text(
         page,
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{study.name}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(study.name)}</h1>{figures}"
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{cells}</tbody></table>'
-        f"</div>{''.join(f'<p>{html.escape(line)}</p>' for line in note if line)}</body></html>\n",
+        f"<style>{STYLE}</style></head><body><h1>{html.escape(study.name)}</h1>{first}"
+        f"{figures}{every}{said}</body></html>\n",
     )
     return table, page
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, *rows)]
+    return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
+
+
+def _html(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    head = "".join(f"<th>{html.escape(head)}</th>" for head in heads)
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        "</div>"
+    )
+
+
+def _short_row(one: Short) -> list[str]:
+    """Return the cells of one remedy and objective."""
+    names = [one.remedy, one.objective, str(one.methods)]
+    more = (one.more_edits, one.more_facts, one.gap_change)
+    paired = ["" if cell is None else _cell(cell) for cell in more]
+    task = ", ".join(number(value) for value in one.task or () if value is not None)
+    return [*names, *map(_cell, (one.ERR, one.IRR, one.gap)), *paired, task]
 
 
 def table_rows(points: Sequence[Point]) -> list[list[str]]:
@@ -61,7 +85,7 @@ def table_rows(points: Sequence[Point]) -> list[list[str]]:
     found = []
     for p in points:
         names = [p.method, p.objective, p.remedy]
-        if not p.seeds:
+        if not p.done:
             found.append([*names, "not run", *[""] * (len(HEADS) - 4)])
             continue
         task = [number(p.downstream.get(m)) for m in ("edited", "tuned", "control")]
@@ -76,22 +100,26 @@ def table_rows(points: Sequence[Point]) -> list[list[str]]:
 
 def notes(study: Study, points: Sequence[Point]) -> list[str]:
     """Say how the numbers came about and what is missing."""
+    alone = f", {study.alone} edits of each alone in a model of their own" if study.alone else ""
     found = [
-        f"Score: {study.scorer}. Seeds {study.seeds}, pooled; brackets are 95 % bootstrap "
+        f"Score: {study.scorer}. Seeds {study.seeds}, pooled{alone}; brackets are 95 % bootstrap "
         "intervals over edits. ERR and IRR count what the edited model had right before "
         "fine-tuning. Key shift is the mean relative change of what edited layers see at the "
         "edits' subjects. Against no remedy: edits kept with it alone (+), without it alone (-), "
-        "and McNemar's exact p, corrected by Holm's procedure over the table.",
+        "and McNemar's exact p, corrected by Holm's procedure over the table. In short, all "
+        "methods stand together, and a remedy is set against none on the same edits and facts.",
     ]
     lacking = [
-        f"{p.method}, {p.objective}, {p.remedy}: seeds {p.missing}" for p in points if p.missing
+        f"{p.method}, {p.objective}, {p.remedy}: seeds {', '.join(map(str, p.missing))}"
+        for p in points
+        if p.missing
     ]
     return [*found, "", f"Not run: {'; '.join(lacking)}."] if lacking else found
 
 
 def draw(points: Sequence[Point]) -> list[tuple[str, str]]:
     """Return captions and SVGs: edits and facts kept by method, and against task score and KL."""
-    done = [p for p in points if p.seeds]
+    done = [p for p in points if p.done]
     plain = [p for p in done if p.remedy == NONE]
     objectives = [*dict.fromkeys(p.objective for p in plain)]
     found = []

@@ -262,3 +262,22 @@ def test_intrinsic_facts_leave_the_stream_as_it_is(folder):
 def test_more_intrinsic_facts_than_there_are_is_refused(folder):
     with pytest.raises(ValueError, match="intrinsic is 9999; this world has 0 to"):
         make(folder, intrinsic=9999)
+
+
+def test_inserted_facts_are_about_nobody_the_model_knows_and_overwrite_nothing(folder, stream):
+    data = make(folder, inserted=0.25)
+    world = data.world
+    new = [e for e in data.edits if e.subject not in world.group]
+    assert len(new) == round(0.25 * len(data.edits))
+    assert {e.target for e in new} <= {o for r in world.relations for o in world.objects(r)}
+    assert all(e.subject in e.prompt and e.relation for e in new)
+    ids = {e.id for e in new}
+    asked = Counter(p.kind for p in data.probes if p.edit_id in ids)
+    assert set(asked) == {"reliability", "generalization", "locality"}
+    assert {p.axis for p in data.probes if p.edit_id in ids and p.kind == "locality"} == {
+        "other_subject"
+    }
+    same = [e.subject for e in data.edits if e.id not in ids]
+    assert same == [e.subject for e in stream.edits if e.id not in ids]
+    with pytest.raises(ValueError, match="inserted is 2"):
+        FactWorld(inserted=2)

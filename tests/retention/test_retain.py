@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 
 import pytest
+import torch
 
+from editkit.api import load
 from editkit.retention.outcome import against_control, control_rates, rates
+from editkit.retention.shared import sole
 
 
 def summary_of(folder):
@@ -33,6 +37,7 @@ def test_a_run_has_its_control_its_identity_and_leaves_the_edited_model_alone(re
     assert [c["step"] for c in summary["checkpoints"]] == [2, 4]
     assert summary["downstream"]["tuned"] < summary["downstream"]["edited"]  # perplexity falls
     assert summary["drift"]["kl"] > 0
+    assert min(*summary["drift"]["activations"].values(), *summary["drift"]["keys"].values()) > 0
     assert not list(folder.rglob("*.ckpt"))
     # the numbers can be made again from the lines
     end = [r for r in told if r["arm"] == "edited" and r["ckpt_step"] == 4]
@@ -106,17 +111,59 @@ def test_a_killed_arm_goes_on_and_ends_the_same(retain, monkeypatch):
     assert not list(cut.rglob("*.safetensors"))
 
 
-def test_controls_are_shared_by_runs_that_differ_in_nothing_they_depend_on(retain, tmp_path):
-    shared = f"--retain.controls={tmp_path / 'controls'}"
+def arms_in(folder):
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.glob("*/done.json")}
+
+
+def test_what_runs_have_in_common_is_found_once_and_changes_nothing(retain, tmp_path):
+    shared = f"--retain.shared={tmp_path / 'shared'}"
+    _, alone = retain(out="alone")
     _, one = retain(shared, out="one")
-    made = list((tmp_path / "controls").iterdir())
-    stamp = (made[0] / "done.json").stat().st_mtime_ns
-    retain(shared, out="two")
-    assert [p.name for p in (tmp_path / "controls").iterdir()] == [made[0].name]
-    assert (made[0] / "done.json").stat().st_mtime_ns == stamp
-    retain(shared, "--model.lr=0.02", out="three")
-    assert len(list((tmp_path / "controls").iterdir())) == 2
-    assert "control" in summary_of(one)
+    made = arms_in(tmp_path / "shared")
+    answers = {p: p.stat().st_mtime_ns for p in (tmp_path / "shared").glob("answers-*")}
+    assert (len(made), len(answers)) == (1, 2)  # a control; the base's answers and the edited's
+    _, two = retain(shared, out="two")
+    assert arms_in(tmp_path / "shared") == made
+    assert {p: p.stat().st_mtime_ns for p in answers} == answers
+    assert lines_of(alone) == lines_of(one) == lines_of(two)
+    _, other = retain(shared, "--model.lr=0.02", out="other")
+    assert len(arms_in(tmp_path / "shared")) == 2
+    assert {p: p.stat().st_mtime_ns for p in answers} == answers
+    assert "control" in summary_of(other)
+
+
+def test_a_control_that_another_run_is_at_is_waited_for_last(retain, tmp_path, monkeypatch):
+    from editkit.retention import cli
+
+    order, real = [], cli.Retention._run
+    busy = [True]
+
+    @contextmanager
+    def sole(folder, is_shared, wait):
+        yield not is_shared or wait or not busy[0]
+
+    def run(self, arm, folder):
+        order.append(arm)
+        real(self, arm, folder)
+
+    monkeypatch.setattr(cli, "sole", sole)
+    monkeypatch.setattr(cli.Retention, "_run", run)
+    args = (f"--retain.shared={tmp_path / 'shared'}", "--retain.arms=[edited,control]")
+    retain(*args, out="late")
+    busy[0] = False
+    retain(*args, "--model.lr=0.02", out="first")
+    assert order == ["edited", "control", "control", "edited"]
+
+
+def test_a_shared_control_is_held_by_one_run(tmp_path):
+    with sole(tmp_path / "a" / "b", True, False) as first:
+        with sole(tmp_path / "a" / "b", True, False) as second:
+            assert first
+            assert not second
+        with sole(tmp_path / "a" / "b", False, False) as own:
+            assert own
+    with sole(tmp_path / "a" / "b", True, False) as again:
+        assert again
 
 
 def test_edits_put_on_afterwards_and_the_protocol_of_wen_and_zhang(retain):
@@ -136,6 +183,96 @@ def test_edits_put_on_afterwards_and_the_protocol_of_wen_and_zhang(retain):
     )
     assert summary["reapplied"]["ERR"]["n"] == summary["rates"]["generation"]["ERR"]["n"]
     assert summary["manifest"]["model"]["kind"] == "dora"
+
+
+@pytest.fixture(scope="module")
+def remembered(base, edits, tmp_path_factory):
+    """A folder of four edits by GRACE, which finds its keys by distance."""
+    folder = tmp_path_factory.mktemp("edited") / "grace"
+    lm = load(base, method="grace", layer=2, eps=1e-3, replacement="replace_all", append_eos=True)
+    lm.edit_batch(edits)
+    lm.save(folder)
+    return folder
+
+
+def test_a_memory_finds_its_keys_again(retain, remembered):
+    code, folder = retain("--retain.arms=[edited]", "--retain.rekey=true", run=remembered)
+    assert code == 0
+    summary, told = summary_of(folder), lines_of(folder)
+    assert {r["arm"] for r in told} == {"edited", "rekeyed"}
+    routes = {
+        arm: [r["route"]["edit_id"] for r in told if r["arm"] == arm
+              and (r["prompt_kind"], r["scorer"], r["ckpt_step"]) == ("rewrite", "generation", 4)]
+        for arm in ("edited", "rekeyed")
+    }  # fmt: skip
+    assert routes["edited"] == [None] * 4  # fine-tuning has moved the prompts
+    assert routes["rekeyed"] == [0, 1, 2, 3]
+    assert summary["rekeyed"]["ERR"]["value"] > summary["rates"]["generation"]["ERR"]["value"]
+    assert "rekeyed" in summary["downstream"]
+
+
+def test_methods_without_keys_refuse_before_they_train(retain, capsys):
+    code, folder = retain("--retain.rekey=true", "--retain.arms=[edited]")
+    assert code == 1
+    assert "FT has no keys to find again" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_the_order_swapped_edits_the_tuned_base_as_a_run_of_its_own_would(
+    retain, edited, edits, kind, tmp_path, monkeypatch
+):
+    from editkit.retention import afterwards
+
+    kept = {}
+    real = afterwards.edited_afresh
+
+    def keep(method, run, folder):
+        fresh = real(method, run, tmp_path / "tuned")
+        with method.lm.unedited():
+            kept["tuned"] = method.lm(method.lm.encode([e.prompt for e in edits]))
+        with fresh.lm.unedited():
+            kept["base"] = fresh.lm(fresh.lm.encode([e.prompt for e in edits]))
+        kept["edited"] = {p: d.merged_delta().clone() for p, d in fresh.lm.layers.items()}
+        return fresh
+
+    monkeypatch.setattr(afterwards, "edited_afresh", keep)
+    code, folder = retain(
+        "--retain.arms=[edited,control]", "--retain.reedit=true", f"--model.kind={kind}",
+        "--model.adapter.r=2", "--model.lr=0.01",
+    )  # fmt: skip
+    assert code == 0
+    assert float((kept["tuned"] - kept["base"]).abs().max()) < 1e-4
+    alone = load(str(tmp_path / "tuned"), method="ft", layer=2, lr=0.01, steps=60, append_eos=True)
+    alone.edit_batch(edits)
+    for path, layer in alone.lm.layers.items():
+        assert torch.equal(layer.merged_delta(), kept["edited"][path])
+    summary = summary_of(folder)
+    assert summary["reedited"]["ERR"]["value"] == 1.0
+    assert "reedited" in {r["arm"] for r in lines_of(folder)}
+
+
+def test_lost_edits_are_learned_again_beside_new_ones_and_nothing_is_left_of_it(retain, remembered):
+    args = ("--model.lr=0.01", "--retain.arms=[edited]", "--retain.rekey=true")
+    _, plain = retain(*args, out="plain", run=remembered)
+    code, folder = retain(*args, "--retain.relearn=3", out="again", run=remembered)
+    assert code == 0
+    assert lines_of(folder) == lines_of(plain)  # those asked behind it (rekeyed) among them
+    told = [json.loads(line) for line in (folder / "arms/edited/relearned.jsonl").open()]
+    latent = summary_of(folder)["latent"]
+    assert latent["pairs"] == len(told) > 0
+    lost = {r["item_id"] for r in lines_of(folder) if r["scorer"] == "generation"
+            and (r["score_M0"], r["score_Med"], r["score_Mft"]) == (0, 1, 0)}  # fmt: skip
+    assert {row["item_id"] for row in told} <= lost
+    assert len({row["partner_id"] for row in told}) == len(told)
+    assert all(row["partner_id"].startswith("K") for row in told)
+    log_p = {r["item_id"]: r["logp_Mft"] for r in lines_of(folder) if r["arm"] == "edited"}
+    for row in told:
+        assert len(row["lost"]["nll"]) == 4
+        assert row["lost"]["nll"][0] == pytest.approx(-log_p[row["item_id"]], abs=1e-4)
+        assert row["partner"]["nll"][-1] < row["partner"]["nll"][0]
+    saved = [row["partner"]["learned_at"] - row["lost"]["learned_at"] for row in told]
+    assert latent["steps_saved"]["value"] == pytest.approx(sum(saved) / len(saved))
 
 
 def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
@@ -165,6 +302,8 @@ def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
         (["--data=Maths"], "needs `question`"),
         (["--data.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["--model.lr=-1"], "model.lr is -1"),
+        (["--retain.reedit=true", "--model.kind=dora"], "use model.kind full or lora"),
+        (["--retain.shared=x", "--trainer.devices=2"], "retain.shared is for runs on one device"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_written(retain, capsys, args, words):

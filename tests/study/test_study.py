@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
 from editkit.cli import main
-from editkit.study.cells import Cell, run_cells
+from editkit.study.cells import Cell, run_cells, run_one
 from editkit.study.numbers import collect
 from editkit.study.page import write_study
-from editkit.study.plan import read_study
+from editkit.study.plan import Stream, read_study
+from editkit.study.short import shorten
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +69,8 @@ def test_a_study_edits_once_for_all_that_fine_tunes_alike(told, tmp_path):
         ({"methods": {"FT": "ft.yaml"}}, "give a list of options"),
         ({"remedies": {"x": {"objectives": ["chess"]}}}, "names 'chess', which is none of"),
         ({"remedies": {"x": {"frozen": []}}}, "has a key 'frozen'"),
+        ({"remedies": {"x": {"arm": "rekey"}}}, "has arm 'rekey'; use one of"),
+        ({"alone": "all"}, "give a number of edits"),
     ],
 )
 def test_a_study_that_is_not_well_formed_is_refused(told, change, words):
@@ -103,6 +110,81 @@ def test_done_runs_are_not_run_again_and_a_failed_one_stops_its_followers(tmp_pa
         run_cells(cells, 0, news.append, run)
 
 
+@pytest.fixture
+def light(monkeypatch):
+    """Processes that import nothing heavy."""
+    monkeypatch.setattr("editkit.study.cells.PRELOADED", ())
+
+
+def test_a_cell_is_the_command_in_a_process_of_its_own(tmp_path, light):
+    good, bad = Cell("a", tmp_path / "a", ("--version",)), Cell("b", tmp_path / "b", ("nonsense",))
+    assert run_one(good) == 0
+    assert good.log.read_text().startswith("editkit ")
+    assert run_one(bad) == 1
+    assert "no verb 'nonsense'" in bad.log.read_text()
+
+
+STUB = """
+import os, time
+from pathlib import Path
+import editkit.cli
+
+def main(args):
+    folder = Path(args[0])
+    folder.mkdir(exist_ok=True)
+    (folder / "pid").write_text(str(os.getpid()))
+    while not (folder.parent / "go").exists() and folder.name != "a":
+        time.sleep(0.02)
+    (folder / "summary.json").write_text("{}")
+    return 0
+
+editkit.cli.main = main
+"""
+GRID = """
+import sys
+from pathlib import Path
+from editkit.study import cells
+
+cells.PRELOADED = ("stub",)
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    grid = [cells.Cell(n, root / n, (str(root / n),)) for n in "abc"]
+    assert not cells.run_cells(grid, 1, print)
+"""
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(claim) -> None:
+    end = time.monotonic() + 60
+    while not claim():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_killed_grid_takes_its_cell_along_and_goes_on_where_it_was(tmp_path):
+    (tmp_path / "stub.py").write_text(STUB)
+    (tmp_path / "grid.py").write_text(GRID)
+    command = [sys.executable, str(tmp_path / "grid.py"), str(tmp_path)]
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    place = {"env": {**os.environ, "PYTHONPATH": paths}, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command, **place) as first:
+        wait_for(lambda: (tmp_path / "b" / "pid").exists() and (tmp_path / "b" / "pid").read_text())
+        first.kill()
+    cell = int((tmp_path / "b" / "pid").read_text())
+    wait_for(lambda: not is_running(cell))
+    assert not (tmp_path / "b" / "summary.json").exists()
+    stamp = (tmp_path / "a" / "summary.json").stat().st_mtime_ns
+    (tmp_path / "go").touch()
+    subprocess.run(command, check=True, **place)
+    assert (tmp_path / "a" / "summary.json").stat().st_mtime_ns == stamp
+    assert (tmp_path / "c" / "summary.json").exists()
+
+
 def line(arm, item, base, edited, tuned, kind="rewrite", letter="E", step=4):
     fate = None if arm == "control" else "stable" if tuned else "erased_true"
     return {
@@ -134,8 +216,8 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     told["remedies"] = {"frozen": {"retain": ["--x"], "methods": ["FT"], "objectives": ["text"]}}
     study = read_study(written(told))
     for seed in told["seeds"]:
-        put(study.tuned_folder(tmp_path, "FT", "text", "none", seed), kept=[0])
-        put(study.tuned_folder(tmp_path, "FT", "text", "frozen", seed), kept=[0, 1, 2])
+        put(study.tuned_folder(tmp_path, "FT", "text", "none", Stream(seed)), kept=[0])
+        put(study.tuned_folder(tmp_path, "FT", "text", "frozen", Stream(seed)), kept=[0, 1, 2])
     points = {(p.method, p.objective, p.remedy): p for p in collect(study, tmp_path)}
     plain, frozen = points["FT", "text", "none"], points["FT", "text", "frozen"]
     assert plain.ERR["value"] == pytest.approx(1 / 3)
@@ -148,10 +230,19 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     assert plain.fates == {"stable": 2, "erased_true": 4}
     assert (frozen.only_here, frozen.only_there) == (4, 0)
     assert frozen.mcnemar_p == pytest.approx(2 * 0.5**4)
-    assert points["MEMIT +", "text", "none"].missing == [0, 7]
+    assert points["MEMIT +", "text", "none"].missing == [Stream(0), Stream(7)]
+    short = {(s.remedy, s.objective): s for s in shorten([*points.values()])}
+    assert short["none", "text"].ERR["value"] == pytest.approx(1 / 3)
+    assert short["none", "text"].more_edits is None
+    better = short["frozen", "text"]
+    assert (better.ERR["value"], better.more_edits["value"]) == (1.0, pytest.approx(2 / 3))
+    assert (better.more_facts["value"], better.gap_change["value"]) == (0, pytest.approx(-2 / 3))
+    assert better.more_edits["n"] == 6
+    assert better.task == (0.8, 0.8)
     table, page = write_study(study, [*points.values()], tmp_path / "out")
     text = table.read_text()
     assert "| FT | text | none | 0.33 [" in text
+    assert "| frozen | text | 1 | 1.00 [1.00, 1.00] | 0.50 [" in text
     assert "+4 -0, p 0.125" in text
     assert "| MEMIT + | text | none | not run |" in text
     assert "choice 0.200, 0.800, 0.900" in text
@@ -160,6 +251,47 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     assert "http://" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
+
+
+def test_a_remedy_may_count_what_was_done_afterwards(told, tmp_path):
+    told["remedies"] = {"keys": {"arm": "rekeyed", "retain": ["--x"], "methods": ["FT"]}}
+    study = read_study(written(told))
+    folder = study.tuned_folder(tmp_path, "FT", "text", "keys", Stream(0))
+    put(folder, kept=[0])
+    again = [line("rekeyed", f"{i}.rel", 0, 1, 1) for i in range(3)]
+    with (folder / "retention.jsonl").open("a") as file:
+        file.writelines(json.dumps(r) + "\n" for r in again)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["downstream"]["rekeyed"] = 0.7
+    (folder / "summary.json").write_text(json.dumps(summary))
+    points = {(p.objective, p.remedy): p for p in collect(study, tmp_path) if p.done}
+    assert points["text", "keys"].ERR["value"] == 1.0
+    assert points["text", "keys"].downstream["tuned"] == 0.7
+
+
+def test_edits_made_alone_have_a_model_each_and_count_as_one(told, tmp_path):
+    told |= {"alone": 3, "remedies": {}, "methods": {"FT": ["ft.yaml"]}}
+    study = read_study(written(told))
+    cells = study.cells(tmp_path)
+    edits = [c for c in cells if not c.after]
+    assert [c.folder.name for c in edits] == [
+        "ft-0-0",
+        "ft-0-1",
+        "ft-0-2",
+        "ft-7-0",
+        "ft-7-1",
+        "ft-7-2",
+    ]
+    at = edits[1].args.index("--data.start=1")
+    assert edits[1].args[at + 1 : at + 3] == ("--data.limit=1", "--data.edits_per_step=1")
+    assert at > edits[1].args.index("--data.limit=2")  # the last one counts
+    assert len(cells) == 6 + 6 * 2
+    for n in range(3):
+        put(study.tuned_folder(tmp_path, "FT", "text", "none", Stream(7, n)), kept=[0])
+    found = next(p for p in collect(study, tmp_path) if p.objective == "text")
+    assert (found.ERR["n"], found.IRR["n"], found.IRR["edits"]) == (9, 6, 3)
+    assert found.missing == [Stream(0, n) for n in range(3)]
+    assert "3 edits of each alone" in write_study(study, [found], tmp_path)[0].read_text()
 
 
 def test_the_studies_that_ship_are_well_formed(monkeypatch, tmp_path):

@@ -1,0 +1,117 @@
+"""What runs that differ in part have in common: control arms, and answers before fine-tuning.
+
+Both lie in `--retain.shared FOLDER` under a name made of all that they depend on, so a run finds
+there just what it would have found itself. A control arm is trained by one run at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from editkit.adapters.io import replacing
+from editkit.methods.base import EditModule
+from editkit.retention.answers import Rows
+from editkit.retention.result import plan_sha256
+
+if TYPE_CHECKING:
+    from editkit.retention.cli import Retention
+
+
+@dataclass(frozen=True)
+class Known:
+    """Answers of models that are not fine-tuned yet.
+
+    Args:
+        folder: Where they lie; None keeps none.
+        told: What the base model's answers depend on.
+        artefact: What those of the edited model depend on besides.
+    """
+
+    folder: Path | None
+    told: tuple[Any, ...]
+    artefact: dict[str, Any]
+
+    def rows(self, method: EditModule, is_edited: bool, ask: Callable[[], Rows]) -> Rows:
+        """Return the answers that are kept, else ask and keep them.
+
+        Args:
+            method: The method; its references are taken over, too.
+            is_edited: Whether the edited model is asked, or the base model.
+            ask: Asks.
+        """
+        if self.folder is None:
+            return ask()
+        name = name_of([*self.told, self.artefact if is_edited else None])
+        path = self.folder / f"answers-{name}.json"
+        if path.is_file():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            method.references.load_state_dict(kept["references"])
+            found: Rows = kept["rows"]
+            return found
+        rows = ask()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            kept = {"rows": rows, "references": method.references.state_dict()}
+            temporary.write_text(json.dumps(kept), encoding="utf-8")
+        return rows
+
+
+def known_answers(made: Retention) -> Known:
+    """Return the answers that a run may find."""
+    told = (
+        made.run.artefact["base"]["hash"], made.sha, made.evaluation.describe(),
+        made.settings.mode, made.config.trainer.as_dict(),
+    )  # fmt: skip
+    return Known(made.settings.shared, told, made.run.artefact)
+
+
+@contextmanager
+def sole(folder: Path, is_shared: bool, wait: bool) -> Iterator[bool]:
+    """Keep other runs out of a shared folder; yields whether that worked, always where it waits."""
+    if not is_shared:
+        yield True
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def control_name(made: Retention) -> str:
+    """Name a control arm by all that its outcome depends on.
+
+    The edits themselves are not among it: they are switched off. Where the layers that hold them
+    decide what is frozen, these count.
+    """
+    frozen = made.built.model.freeze
+    sites = [] if frozen.policy == "none" else made.run.sites
+    told = [
+        made.run.artefact["base"]["hash"], made.sha, sites,
+        made.config.model.as_dict() | {"scope": "backbone"}, plan_sha256(made.objective.plan),
+        [repr(row) for row in made.objective.tests], made.evaluation.describe(),
+        made.settings.at, made.settings.mode, made.objective.batch_size,
+        made.settings.drift_texts, made.settings.drift_edits, made.config.seed_everything,
+        made.config.trainer.as_dict(),
+    ]  # fmt: skip
+    return name_of(told)
+
+
+def name_of(told: list[Any]) -> str:
+    """Return a short name made of all this."""
+    text = json.dumps(told, default=str, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
