@@ -57,7 +57,7 @@ STEPS = 15  # of an edit: how well it is learned is of no matter here, that it i
 FITTING = Fitting(steps=STEPS, irrelevant=2)
 METHODS: dict[str, dict[str, Any]] = {
     "memoir": {"steps": STEPS, "routing": Routing(background=100, held_out=200), "corpus": CORPUS},
-    "wise": {"fitting": FITTING, "shards": Shards(save=4, merge=8), "corpus": CORPUS},
+    "wise": {"fitting": FITTING, "shards": Shards(save=2, merge=2), "corpus": CORPUS},
     "repair": {"fitting": FITTING, "shards": Shards(save=2, merge=4), "corpus": CORPUS},
     "grace": {"steps": STEPS, "eps": 1e-3},
 }

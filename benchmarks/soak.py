@@ -28,8 +28,10 @@ import sys
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,10 @@ NAMES = {"e": "editing", "s": "scoring", "c": "checkpoint", "f": "results"}
 PATIENCE = 900  # seconds that a process may take
 LEAVE = 30  # seconds in which the processes of other devices must be gone
 IN_A_CHAIN = 5  # stops until a run is left to come to its end
+IMPORTED = (
+    "editkit.trainer_cli", "editkit.report.page", "editkit.report.figures", "editkit.methods.lora",
+    "transformers.models.llama.modeling_llama",
+)  # fmt: skip
 WIDTH = 8  # digits of the number of edits
 SEARCH = ["--model.search.steps=3"]
 SHARDS = ["--model.fitting.steps=3", "--model.shards.save=2", "--model.shards.merge=4"]
@@ -293,7 +299,7 @@ class Runs:
                 folder = self.out / f"chain{chain}"
                 self._chain(folder, kills, dice, phases, signals)
                 self.found.ends += 1
-                if found := differences(self.straight, folder):
+                if found := apart(differences, self.straight, folder):
                     self.found.wrong.append(f"{folder} differs from {self.straight}: {found}")
                 else:
                     shutil.rmtree(folder)
@@ -320,7 +326,7 @@ class Runs:
             if stop is not None:
                 stops.append(stop)
                 self._check(folder, stop)
-                done = done or is_finished(folder)
+                done = done or apart(is_finished, folder)
 
     def _check(self, folder: Path, stop: dict[str, Any]) -> None:
         """Note a stop, and check how the run ended."""
@@ -334,8 +340,7 @@ class Runs:
         if "said" in stop and len(stop["said"]) != 1 and stop["status"] != 0 and not is_quiet:
             raise ValueError(f"not one sentence: {stop}")
         if told:
-            path = last_checkpoint([folder / "checkpoints"])
-            kept = torch.load(path, weights_only=False)["editkit"]["edits_seen"] if path else -1
+            kept = apart(edits_kept, folder)
             if kept < stop["edits"]:
                 raise ValueError(f"{stop} left a checkpoint of {kept} edits")
 
@@ -346,6 +351,18 @@ def is_there(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def apart(work: Callable[..., Any], *given: Any) -> Any:
+    """Return what some work on tensors finds: torch may not have worked where runs are forked."""
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as pool:
+        return pool.submit(work, *given).result()
+
+
+def edits_kept(folder: Path) -> int:
+    """Return the number of edits in the newest checkpoint; -1 where there is none."""
+    path = last_checkpoint([folder / "checkpoints"])
+    return torch.load(path, weights_only=False)["editkit"]["edits_seen"] if path else -1
 
 
 def is_finished(folder: Path) -> bool:
@@ -447,7 +464,9 @@ def soak() -> int:
     (Path(options.out) / "stops.jsonl").unlink(missing_ok=True)
     sys.path.insert(0, str(ROOT))  # for `benchmarks.soak.Phases`
     sys.argv = ["editkit"]
-    torch.set_num_threads(1)  # processes are forked
+    torch.set_num_threads(1)  # processes are forked, with all that is imported here
+    for name in IMPORTED:
+        import_module(name)
     console, begun = Console(), time.monotonic()
     found = run_all(options)
     console.print(told(found))

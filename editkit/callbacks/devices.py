@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -68,14 +68,19 @@ def one_end(trainer: Trainer) -> Iterator[None]:
 
 
 class _Watch(threading.Thread):
-    """Looks whether the processes of the other devices are there."""
+    """Looks whether the processes of the other devices are there.
+
+    Attributes:
+        others: What this process has started, for this Trainer or one before.
+    """
+
+    others: ClassVar[list[subprocess.Popen[bytes]]] = []
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(name="editkit-devices", daemon=True)
         self.launcher = trainer.strategy.launcher
         self.rank, self.parent = trainer.global_rank, os.getppid()
         self.is_over = threading.Event()
-        self.others: list[Any] = []
 
     def run(self) -> None:
         """Look until it is over; end this process where another one is gone."""
