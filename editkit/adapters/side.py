@@ -96,7 +96,7 @@ class SideMemory(RoutedLayer):
         self.act = act
         can_rank = routing.score == "raw" and routing.pick != "released"
         directions = routing.sketch if can_rank else 0
-        self.pools = Pools(self.shape_oi, width, directions, self.weight_oi.device)
+        self.pools = Pools(self.shape_oi, width, directions, self.device)
 
     @property
     def threshold_P(self) -> Tensor:

@@ -114,7 +114,7 @@ class SideEdit(MemoryEdit):
 
     def draw_mask(self, seed: int) -> Mask:
         """Return the mask of a seed."""
-        return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.weight_oi.device)
+        return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.device)
 
     def fit_shard(
         self,
@@ -134,7 +134,7 @@ class SideEdit(MemoryEdit):
             more: Factor on the steps.
         """
         shape = self.memory.shape_oi[0], len(mask.columns_C)
-        start_DC = self.memory.weight_oi.new_zeros(shape, dtype=torch.float32)
+        start_DC = self.memory.pools.deltas.new_zeros(shape)
         if pool is not None:
             start_DC = self.memory.pools.deltas[pool, :, : shape[1]]
         fitting = replace(self.fitting, steps=round(self.fitting.steps * more))
