@@ -46,6 +46,8 @@ from editkit.adapters.io import CONFIG, TENSORS
 from editkit.callbacks.folder import EDITS, PROBES, UNEDITED, last_checkpoint
 from editkit.callbacks.rows import read_rows
 from editkit.cli import main
+from editkit.data.factworld import FactWorld
+from editkit.edits import Edit, Probe
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = "ft,lora,memit,lyaplock,alphaedit,memoir,grace,wise,repair"
@@ -65,6 +67,16 @@ SHORT = {
     "memit": SEARCH, "lyaplock": SEARCH, "alphaedit": SEARCH,
     "memoir": ["--model.steps=3", "--model.routing.held_out=50"], "wise": SHARDS, "repair": SHARDS,
 }  # fmt: skip
+
+
+class Few(FactWorld):
+    """Edits of the fact-world with few texts to read on the way, so that a run is short."""
+
+    def load(self) -> tuple[list[Edit], list[Probe]]:
+        """Draw the stream."""
+        found = super().load()
+        self.texts = self.texts[:8]
+        return found
 
 
 class Phases(Callback):
@@ -156,7 +168,7 @@ class Runs:
             {"class_path": "benchmarks.soak.Phases", "init_args": {"path": str(self.phase)}},
             {"class_path": callbacks, "init_args": kept},
         ]
-        data = [f"--data={ROOT}/experiments/data/factworld.yaml", "--data.intrinsic=4"]
+        data = ["--data=benchmarks.soak.Few", "--data.intrinsic=4"]
         if o.data:
             data = [f"--data={ROOT}/experiments/data/jsonl.yaml", f"--data.path={o.data}"]
         if o.devices > 1:
