@@ -99,7 +99,8 @@ def endless(model: Any) -> Any:
 
 def plain(folder: str) -> Answer:
     """Return the base model's own `generate`, texts in and texts out."""
-    model: Any = endless(AutoModelForCausalLM.from_pretrained(folder).eval())
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = endless(loaded.eval())
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
 
     @torch.no_grad()

@@ -202,6 +202,7 @@ class Runs:
             if self.options.devices > 1:  # Lightning starts the other processes by this line
                 os.chdir(ROOT)
                 os.execv(sys.executable, [sys.executable, "-m", "editkit", *arguments])
+            torch.set_num_threads(1)  # anew in each fork, before threads of it race for the pool
             code = main(arguments)
         except SystemExit as done:
             code = done.code if isinstance(done.code, int) else 1
