@@ -347,6 +347,8 @@ class Runs:
         with (Path(self.options.out) / "stops.jsonl").open("a") as file:
             file.write(line)
         told = stop["signal"] == "TERM" and stop["at"] != "start" and stop["status"] != 0
+        if told and stop["status"] == -signal.SIGTERM and apart(is_finished, folder):
+            return  # all was written but the report, and nobody listens any more
         if told and stop["status"] != 143:
             raise ValueError(f"status {stop['status']} at SIGTERM: {stop}")
         is_quiet = stop.get("stopped") == "all" and stop["signal"] == "KILL"
