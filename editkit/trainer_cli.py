@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from rich.console import Console
 from editkit.callbacks.ability import Ability
 from editkit.callbacks.canary import Canary
 from editkit.callbacks.conflicts import Conflicts
+from editkit.callbacks.devices import ToldToEnd, one_end
 from editkit.callbacks.folder import (
     SUMMARY,
     check_checkpoint,
@@ -107,7 +105,7 @@ class EditCLI(LightningCLI):
         elif config["logger"] is None:
             kwargs["logger"] = CSVLogger(folder, name="", version="")
         given = config["callbacks"] or []
-        callbacks = [*given] if isinstance(given, list) else [given]
+        callbacks = [ToldToEnd(), *(given if isinstance(given, list) else [given])]
         wanted = config["enable_checkpointing"] in (None, True)
         if wanted and not any(isinstance(c, ModelCheckpoint) for c in callbacks):
             callbacks.append(
@@ -121,6 +119,11 @@ class EditCLI(LightningCLI):
         if config["enable_progress_bar"] in (None, True):
             callbacks.append(EditProgress())
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a verb, on all devices or on none."""
+        with one_end(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def fit(self, model: EditModule, **kwargs: Any) -> None:
         """Edit; where that fails before anything could be resumed, leave no folder behind."""
@@ -139,7 +142,7 @@ class EditCLI(LightningCLI):
             else:
                 keep_metrics(folder)
             sweep(folder)
-            with kept_in_wandb(self.trainer.loggers, folder), no_orphans(self.trainer):
+            with kept_in_wandb(self.trainer.loggers, folder):
                 self.trainer.fit(model, **kwargs)
                 report(folder)
 
@@ -156,18 +159,6 @@ class EditCLI(LightningCLI):
         if found is None and not (folder / SUMMARY).exists():
             log.warning("no checkpoint in %s yet: beginning at the first edit", folder)
         return (str(found), False) if found else (None, not (folder / SUMMARY).exists())
-
-
-@contextmanager
-def no_orphans(trainer: Trainer) -> Iterator[None]:
-    """End the processes of the other devices where this one fails: they would wait for it."""
-    try:
-        yield
-    except BaseException:
-        for process in getattr(trainer.strategy.launcher, "procs", []):
-            if isinstance(process, subprocess.Popen):
-                process.kill()
-        raise
 
 
 class PlanCLI(EditCLI):
@@ -228,7 +219,8 @@ def run_trainer(args: list[str] | None, cli: type[EditCLI] = EditCLI) -> None:
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
     except SIGTERMException as error:
-        sys.stderr.write("editkit: told to end (SIGTERM); go on with --ckpt_path last\n")
+        if rank_zero_only.rank == 0:
+            sys.stderr.write("editkit: told to end (SIGTERM); go on with --ckpt_path last\n")
         raise SystemExit(143) from error
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from editkit.adapters.whole import whole
+
 if TYPE_CHECKING:
     from editkit.adapters.routed import Route
 
@@ -88,7 +90,13 @@ class EditLayer(nn.Module, ABC):
     def weight_oi(self) -> Tensor:
         """Base weight, always [out, in]."""
         weight = cast(Tensor, self.base_layer.weight)
+        weight = whole(f"the weight of a {type(self.base_layer).__name__}", weight)
         return weight.T if self.is_transposed else weight
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the base weight."""
+        return cast(Tensor, self.base_layer.weight).device
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the base layer, then add the edit: [..., F] to [..., D]."""
@@ -125,7 +133,7 @@ class EditLayer(nn.Module, ABC):
     def open(self) -> dict[str, Tensor]:
         """Start writing: return scratch leaves, clones of `edit_parameters` with gradients."""
         self._scratch = {
-            name: parameter.detach().clone().requires_grad_()
+            name: whole(name, parameter).detach().clone().requires_grad_()
             for name, parameter in self.edit_parameters().items()
         }
         return self._scratch

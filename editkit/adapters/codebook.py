@@ -50,7 +50,7 @@ class Codebook(RoutedLayer):
     def __init__(self, base_layer: nn.Module, replacement: Replacement) -> None:
         super().__init__(base_layer)
         self.replacement = replacement
-        (outputs, inputs), device = self.shape_oi, self.weight_oi.device
+        (outputs, inputs), device = self.shape_oi, self.device
         none = torch.zeros(0, device=device)
         self.values = nn.Parameter(none.new_zeros(0, outputs, dtype=torch.float32))
         for name in Book._fields:

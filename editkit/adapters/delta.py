@@ -26,7 +26,7 @@ class DeltaLayer(EditLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        device = self.weight_oi.device
+        device = self.device
         self.delta = nn.Parameter(torch.zeros(self.shape_oi, device=device, dtype=torch.float32))
         self._copy: Tensor | None = None
 

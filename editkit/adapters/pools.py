@@ -1,7 +1,7 @@
 """Pools: weight changes of one matrix side by side, with the edits that live in each.
 
 A change is kept at all inputs of the matrix or, where it was trained on a subset of them, at those
-only. Products with all pools, and with one pool for each row, are single batched products.
+only. The product with all pools is a single one.
 
 Legend: D layer output, F layer input, C kept inputs of a pool, P pools, M edits, B rows, R rows
 with a pool each, T tokens, S directions of the projection, G distinct pools, m rows of one pool.
@@ -9,6 +9,7 @@ with a pool each, T tokens, S directions of the projection, G distinct pools, m 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,22 +105,21 @@ class Pools(nn.Module):
         change_PND = x_PNC @ deltas_PDC.transpose(1, 2)
         return change_PND.transpose(0, 1).reshape(*x_BTF.shape[:2], many, out)
 
-    def grouped(self, x_RTF: Tensor, slot_R: Tensor) -> Tensor:
-        """Return what each row's own pool adds to the output, fp32 [R, T, D]."""
-        slot_G, group_R, count_G = slot_R.unique(return_inverse=True, return_counts=True)
-        order_R = group_R.argsort(stable=True)
-        place_R = torch.empty_like(order_R)
-        start_G = count_G.cumsum(0) - count_G
-        place_R[order_R] = torch.arange(len(order_R), device=x_RTF.device)
-        place_R -= start_G[group_R]
-        x_RTC = x_RTF.float()
-        if not self.is_whole:
-            columns_RTC = self.columns_PC[slot_R][:, None].expand(-1, x_RTF.shape[1], -1)
-            x_RTC = x_RTC.gather(2, columns_RTC)
-        padded = x_RTC.new_zeros(len(slot_G), int(count_G.max()), *x_RTC.shape[1:])
-        padded[group_R, place_R] = x_RTC
-        change = padded.flatten(1, 2) @ self.deltas.detach()[slot_G].transpose(1, 2)
-        return change.view(*padded.shape[:3], -1)[group_R, place_R]
+    def grouped(self, x_RTF: Tensor, groups: Sequence[tuple[int, Tensor]]) -> Tensor:
+        """Return what each row's own pool adds to the output, fp32 [R, T, D].
+
+        One product for each pool: a single one of them all would first copy their weights.
+
+        Args:
+            x_RTF: The layer's input.
+            groups: Each pool with its rows, as `groups_of` finds them.
+        """
+        change_RTD = x_RTF.new_empty(*x_RTF.shape[:2], self.deltas.shape[1], dtype=torch.float32)
+        for pool, rows in groups:
+            x = x_RTF[rows].float()
+            x = x if self.is_whole else x[..., self.columns_PC[pool]]
+            change_RTD[rows] = F.linear(x, self.deltas.detach()[pool])
+        return change_RTD
 
     def projected(self, x_BTF: Tensor) -> Tensor:
         """Return the main part of what all pools add to the output, fp32 [B, T, P, S]."""

@@ -72,7 +72,7 @@ class ResidualMemory(RoutedLayer):
         self, base_layer: nn.Module, k: int, routing: Routing, generator: torch.Generator
     ) -> None:
         super().__init__(base_layer)
-        width, device = self.shape_oi[1], self.weight_oi.device
+        width, device = self.shape_oi[1], self.device
         if not 1 <= k <= width:
             raise ValueError(f"k is {k}; a mask over {width} inputs has 1 to {width} ones")
         self.k = k

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from editkit.adapters.base import EditLayer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Route:
     """What a routed layer decided for the rows of a pass.
+
+    What follows from it is found once a prompt, not at every token.
 
     Args:
         slot_B: Slot of the memory that answers each row, int64; -1 leaves the row to the base.
@@ -42,10 +45,27 @@ class Route:
         """Make a route, finding its rows once: on a GPU that is a sync which decoding spares."""
         return cls(slot_B, match_B, gate_BF, (slot_B >= 0).nonzero()[:, 0])
 
+    @cached_property
+    def answered(self) -> Route:
+        """The route of the rows that a slot answers."""
+        return self if len(self.rows_R) == len(self.slot_B) else self.at(self.rows_R)
+
+    @cached_property
+    def groups(self) -> list[tuple[int, Tensor]]:
+        """Each slot with the rows that it answers (int64), where all rows have one."""
+        return groups_of(self.slot_B)
+
     def at(self, rows: Tensor) -> Route:
         """Return the route of some rows (int64), in their order."""
         gate_BF = None if self.gate_BF is None else self.gate_BF[rows]
         return Route.of(self.slot_B[rows], self.match_B[rows], gate_BF)
+
+
+def groups_of(slot_R: Tensor) -> list[tuple[int, Tensor]]:
+    """Return each slot with the rows that have it (int64 [R], int64 each)."""
+    slot_G, count_G = slot_R.unique(return_counts=True)
+    rows_G = slot_R.argsort(stable=True).split(count_G.tolist())
+    return list(zip(slot_G.tolist(), rows_G, strict=True))
 
 
 class RoutedLayer(EditLayer):
@@ -70,7 +90,7 @@ class RoutedLayer(EditLayer):
             return y
         if len(route.rows_R) == len(x):
             return y + self.recall(x, route).to(y.dtype)
-        added_RTD = self.recall(x[route.rows_R], route.at(route.rows_R))
+        added_RTD = self.recall(x[route.rows_R], route.answered)
         return y.index_add(0, route.rows_R, added_RTD.to(y.dtype))
 
     def _current_route(self, x: Tensor) -> Route:

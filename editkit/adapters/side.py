@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from editkit.adapters.pools import Pools
-from editkit.adapters.routed import Route, RoutedLayer
+from editkit.adapters.routed import Route, RoutedLayer, groups_of
 from editkit.functional.routing import (
     LONG,
     TINY,
@@ -96,7 +96,7 @@ class SideMemory(RoutedLayer):
         self.act = act
         can_rank = routing.score == "raw" and routing.pick != "released"
         directions = routing.sketch if can_rank else 0
-        self.pools = Pools(self.shape_oi, width, directions, self.weight_oi.device)
+        self.pools = Pools(self.shape_oi, width, directions, self.device)
 
     @property
     def threshold_P(self) -> Tensor:
@@ -138,7 +138,7 @@ class SideMemory(RoutedLayer):
     def recall(self, x_RTF: Tensor, route: Route) -> Tensor:
         """Return what the pools add to their rows' outputs, fp32 [R, T, D]."""
         with torch.autocast(x_RTF.device.type, enabled=False):
-            return self.pools.grouped(x_RTF, route.slot_B)
+            return self.pools.grouped(x_RTF, route.groups)
 
     def choose(self, score_BP: Tensor, pool_BP: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the pool of each row, or -1, and the multiple of its threshold.
@@ -168,7 +168,7 @@ class SideMemory(RoutedLayer):
             return self.choose(self.scores(x_BTF, prompt_BT))
         pool_Bk = self._candidates(x_BTF, prompt_BT)
         rows_R = torch.arange(len(x_BTF), device=x_BTF.device).repeat_interleave(EXACTLY)
-        change_RTD = self.pools.grouped(x_BTF[rows_R], pool_Bk.flatten())
+        change_RTD = self.pools.grouped(x_BTF[rows_R], groups_of(pool_Bk.flatten()))
         score_R = self.score(x_BTF[rows_R], change_RTD, prompt_BT[rows_R])
         return self.choose(score_R.view_as(pool_Bk), pool_Bk)
 

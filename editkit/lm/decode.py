@@ -105,7 +105,7 @@ def stop_ids(tokenizer: Any, stop: tuple[str, ...], size: int) -> Tensor:
 def _stop_tokens(lm: EditableLM, stop: tuple[str, ...]) -> Tensor:
     """Return a bool [V] of `stop_ids`, kept on the LM per stop tuple."""
     if stop not in lm.ends:
-        size = lm.model.get_output_embeddings().weight.shape[0]
+        size = lm.vocabulary
         is_stop_V = torch.zeros(size, dtype=torch.bool)
         if stop:
             known = min(size, len(lm.tokenizer))

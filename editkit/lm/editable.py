@@ -200,6 +200,12 @@ class EditableLM(nn.Module):
         return [text.removeprefix(" ") for text in texts]
 
     @property
+    def vocabulary(self) -> int:
+        """Number V of logits, also where the head's weight is stored packed."""
+        head: Any = self.model.get_output_embeddings()
+        return int(getattr(head, "out_features", None) or head.weight.shape[0])
+
+    @property
     def max_positions(self) -> int:
         """Most tokens of a row, by the model's config; a very large number where it names none."""
         limit = getattr(self.model.config, "max_position_embeddings", None)

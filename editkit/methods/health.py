@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from editkit.adapters.pools import Pools
+from editkit.adapters.routed import groups_of
 from editkit.adapters.side import GAP, SideMemory
 from editkit.edits import Edit
 from editkit.functional.routing import TINY
@@ -201,7 +202,8 @@ class Health:
         answered = slot_B >= 0
         if bool(answered.any()):
             with torch.autocast(slot_B.device.type, enabled=False):
-                found = self.memory.pools.grouped(rows.inputs_BTF[answered], slot_B[answered])
+                groups = groups_of(slot_B[answered])
+                found = self.memory.pools.grouped(rows.inputs_BTF[answered], groups)
             added_BTD[answered] = found
         return rows.hits(added_BTD)
 

@@ -59,6 +59,11 @@ class RECT(LocateThenEdit):
         """Write part of the solution; remember keys with a queue only."""
         return Rules(remembers=self.queue is not None, masked=True, queue=self.queue)
 
+    def prepare(self) -> None:
+        """Measure moments, once it is known that the weights can be read."""
+        assert all(layer.weight_oi.ndim == 2 for layer in self.deltas.values())
+        super().prepare()
+
     def penalty(self, site: Site, cov_FF: Tensor) -> Penalty:
         """Return lambda C0."""
         return Penalty(cov_FF, self.ridge)

@@ -114,7 +114,7 @@ class SideEdit(MemoryEdit):
 
     def draw_mask(self, seed: int) -> Mask:
         """Return the mask of a seed."""
-        return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.weight_oi.device)
+        return Mask.draw(self.memory.shape_oi, self.shards, seed, self.memory.device)
 
     def fit_shard(
         self, edits: list[Edit], mask: Mask, pool: int | None = None, beside: Sequence[int] = ()

@@ -100,7 +100,7 @@ def ask(
         ValueError: If a prompt or a forced text has no tokens, or a row is too long for the model.
     """
     rows = _encode(lm, list(dict.fromkeys(questions)), protocol)
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    vocabulary = lm.vocabulary
     heard: dict[Question, Heard] = {}
     for batch in _batches(rows, batch_size, vocabulary, is_whole):
         found = _hear(lm, batch, protocol, is_free, is_whole)

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from editkit.callbacks.devices import one_end
 from editkit.callbacks.progress import EditProgress
 from editkit.metrics.protocol import EvalProtocol
 from editkit.report.page import write_report
@@ -36,7 +37,6 @@ from editkit.retention.settings import Settings, parser
 from editkit.retention.shared import control_name, known_answers, sole
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
-from editkit.trainer_cli import no_orphans
 
 ITEMS, CONFIG, SUMMARY = "probes.jsonl", "config.yaml", "summary.json"
 
@@ -148,7 +148,7 @@ class Retention:
         seed_everything(self.config.seed_everything, verbose=False)
         trainer = self._trainer(arm, folder)
         resumed = checkpoint_of(folder)
-        with no_orphans(trainer):
+        with one_end(trainer):
             trainer.fit(module, datamodule=self.objective, ckpt_path=resumed)
         if trainer.interrupted:
             raise KeyboardInterrupt

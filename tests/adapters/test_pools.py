@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from editkit.adapters.pools import Pools
+from editkit.adapters.routed import groups_of
 
 CPU = torch.device("cpu")
 OUT, IN = 6, 10
@@ -46,7 +47,7 @@ def test_grouped_products_are_those_of_each_row(filled):
     pools, dense = filled
     x, slot = draw(7, 3, IN, seed=9), torch.tensor([2, 0, 2, 2, 3, 0, 2])
     wanted = torch.einsum("rtf,rdf->rtd", x, dense[slot])
-    assert torch.allclose(pools.grouped(x, slot), wanted, atol=1e-5)
+    assert torch.allclose(pools.grouped(x, groups_of(slot)), wanted, atol=1e-5)
 
 
 def test_a_projection_shortens_and_keeps_all_that_its_directions_span(filled):

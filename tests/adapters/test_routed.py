@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from editkit.adapters import routed
 from editkit.adapters.base import Scope
-from editkit.adapters.routed import Route, RoutedLayer
+from editkit.adapters.routed import Route, RoutedLayer, groups_of
 
 
 class Positive(RoutedLayer):
@@ -65,6 +66,20 @@ def test_the_route_is_held_while_decoding(layer, prompt):
         changed = (layer(token) != layer.base_layer(token)).flatten(1).any(1)
         assert changed.tolist() == [True, False, True, False]
     assert layer.looks == 1
+
+
+def test_rows_are_grouped_by_slot_in_order_and_once_a_prompt(monkeypatch):
+    assert [(s, rows.tolist()) for s, rows in groups_of(torch.tensor([4, 0, 4, 4, 2]))] == [
+        (0, [1]), (2, [4]), (4, [0, 2, 3]),
+    ]  # fmt: skip
+    calls = []
+    monkeypatch.setattr(routed, "groups_of", lambda slot_R: calls.append(slot_R.tolist()))
+    route = Route.of(torch.tensor([-1, 3, -1, 1]), torch.ones(4))
+    for _ in range(3):
+        assert route.answered.slot_B.tolist() == [3, 1]
+        assert route.answered.groups is None
+    assert calls == [[3, 1]]
+    assert route.answered.answered is route.answered
 
 
 def test_rows_that_leave_take_their_routes_along(layer, prompt):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 
+from editkit.callbacks.devices import ToldToEnd
 from editkit.descend import descend
 from editkit.edits import Probe
 from editkit.lm.spec import LMSpec
@@ -154,6 +156,12 @@ def everywhere(rank, folder, cases, edits, torn):
             descend([leaf], infinite, 3, 0.1)
 
     found["diverged"] = words_of_failure(diverge)
+    told, flags = ToldToEnd(), SimpleNamespace(received_sigterm=False)
+    found["told"] = []
+    for is_told in (False, rank == 1):
+        told.is_told = is_told
+        told.on_train_batch_end(SimpleNamespace(_signal_connector=flags))
+        found["told"].append(flags.received_sigterm)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -259,6 +267,10 @@ def test_where_one_device_fails_both_say_the_same_and_nothing_is_half_written(bo
         assert found["torn"] == "on device 1 of 2: no luck with edit 0"
         assert found["diverged"].startswith("on device 1 of 2: the loss became nan at step 0")
         assert found["scratch"] == [False]
+
+
+def test_what_one_device_is_told_both_hear_of_at_the_same_step(both):
+    assert [found["told"] for found in both] == [[False, True]] * 2
 
 
 def on_two(folder, model, path, *more):
