@@ -100,7 +100,8 @@ class EditModule(StreamModule, ABC):
             with agreed():
                 self.lm = EditableLM.load(self.spec, dtypes.get(precision, torch.float32))
                 shard(self.lm, self._device_mesh)
-                self.attach()
+                with torch.device("cpu"):  # a Trainer's default would not suit seeded draws
+                    self.attach()
 
     @final
     def start(self) -> None:

@@ -15,6 +15,8 @@ from multiprocessing.context import BaseContext
 from pathlib import Path
 from threading import Thread
 
+import torch
+
 PRELOADED = ("editkit.trainer_cli", "editkit.retention.cli", "editkit.api", "peft")
 
 
@@ -110,9 +112,13 @@ def run_one(cell: Cell) -> int:
 
 @cache
 def _starter() -> BaseContext:
-    """Return what starts processes: forks of one that has the imports behind it."""
+    """Return what starts processes: forks of one that has the imports behind it.
+
+    Where there is a GPU each starts afresh, for CUDA does not outlive a fork.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    is_forked = "forkserver" in get_all_start_methods() and not torch.cuda.is_available()
+    context = get_context("forkserver" if is_forked else "spawn")
     context.set_forkserver_preload([*PRELOADED])
     return context
 

@@ -16,6 +16,7 @@ import editkit
 from editkit.api import EditedLM
 from editkit.data.base import EditDataModule
 from editkit.edits import Probe
+from editkit.lm.editable import EditableLM
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import build_method
 from editkit.methods.base import UndoError
@@ -56,6 +57,16 @@ class Stream(EditDataModule):
     def load(self):
         probes = [Probe(f"{e.id}", e.id, "reliability", e.prompt, e.target) for e in self.stream]
         return list(self.stream), probes
+
+
+def test_edit_layers_stand_on_the_models_device_whatever_the_default(make, monkeypatch):
+    method = make()
+    lm = EditableLM.load(method.spec)
+    monkeypatch.setattr(EditableLM, "load", lambda *_: lm)
+    with torch.device("meta"):  # a Trainer makes its GPU the default
+        method.configure_model()
+    tensors = [*lm.model.parameters(), *lm.model.buffers()]
+    assert lm.layers and {tensor.device.type for tensor in tensors} == {"cpu"}
 
 
 def logits(method, targets=None):
