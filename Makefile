@@ -20,7 +20,7 @@ figures: $(STAMP)  ## measure the README's table again (about 10 minutes)
 	$(BIN)/python experiments/figures.py
 
 soak: $(STAMP)  ## kill runs at random moments and compare their ends (minutes)
-	$(BIN)/python benchmarks/soak.py --kills 8 --signals KILL,TERM
+	$(BIN)/python benchmarks/soak.py --kills 8 --signals KILL,TERM --jobs 2
 
 # Opens the report in tests. Debian's root gets it here; elsewhere those tests say what they miss.
 browser:
