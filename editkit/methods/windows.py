@@ -15,7 +15,7 @@ from editkit.edits import Edit
 from editkit.functional.losses import cosine_to
 from editkit.functional.merge import loss_weights
 from editkit.lm.rows import adds_up
-from editkit.methods.health import Health
+from editkit.methods.health import Found, Health
 from editkit.methods.shard_training import Fit
 from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged_apart
 from editkit.methods.wise import WISE
@@ -80,7 +80,8 @@ class Windowed(WISE):
         self.made = {e.id: e for e in edits if e.id in self.memory.pools.homes}
         with self.lm.unedited():
             self.health.adds_up = adds_up(self.lm, self.site)
-        self.health.scores = torch.zeros(0, 0, dtype=torch.float32), [], []
+        nothing: Found = torch.zeros(0, 0, dtype=torch.float32), [], [], {}
+        self.health.kept, self.health.found = {}, nothing
         self.health.know(self.made)
         for pool in range(len(self.memory.pools)):
             super()._measure(pool)

@@ -32,6 +32,7 @@ METHODS = {
     REPAIR: {
         **SIDE, "shards": Shards(density=0.5, save=1, merge=4), "loop": Loop(prune=0.2, errors=3),
         "regroup": Regroup(consistency=2.0),
+        "routing": SideRouting(over="last", act_ratio=0.8, pick="typical"),  # as in its YAML
     },
 }  # fmt: skip
 
@@ -88,6 +89,21 @@ def test_edits_are_found_again_and_answer_as_before(make, edits, cls, tmp_path):
     assert all(found(again, edits))
     for name, parameter in again.method.memory.edit_parameters().items():
         assert torch.equal(parameter, values[name])
+
+
+def test_repair_forgets_what_it_knew_of_its_edits_before(make, edits):
+    lm = make(REPAIR)
+    for edit in edits:
+        lm.edit_batch([edit])
+    health = lm.method.health
+    before = {i: kept.inputs_TF.clone() for i, kept in health.kept.items()}
+    fine_tune(lm)  # the very method that wrote them goes on, not one that was loaded
+    assert not all(found(lm, edits))
+    lm.method.rekey(edits)
+    assert all(found(lm, edits))
+    assert not any(torch.equal(health.kept[i].inputs_TF, x_TF) for i, x_TF in before.items())
+    routes, homes = health.routes(), lm.method.memory.pools.homes
+    assert routes == {i: homes[i] for i in routes}
 
 
 def test_wordings_that_were_keys_are_found_again_and_others_are_not_added(make, edits):
