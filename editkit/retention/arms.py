@@ -133,6 +133,7 @@ class Watch(Callback):
             now = look(lm, self.questions.texts, self.questions.edits)
             self.numbers["drift"] = drift(lm, self.before, now, pl_module.start)
             if self.questions.relearn and pl_module.arm == "edited":
+                trainer.strategy.barrier()  # all read what the first device has written
                 self._write(RELEARNED, self._relearned(pl_module, step))
             for name in self.questions.after:
                 if ARM_OF[name] == pl_module.arm:

@@ -34,7 +34,10 @@ def lost_pairs(items: Sequence[Item], base: Rows, edited: Rows, tuned: Rows) -> 
     Edits that overwrite get a fact that the base model knows, those that insert one that it never
     read of, while there are any.
     """
-    free = {name: [i for i in items if i.set == name and i.id in base] for name in ("K", "U")}
+    free = {
+        "K": [i for i in items if i.set == "K" and _is_right(base, i)],
+        "U": [i for i in items if i.set == "U" and i.id in base],
+    }
     found = []
     for item in items:
         if item.prompt_kind != "rewrite" or item.id not in tuned:
@@ -66,6 +69,7 @@ def relearn(
     parameters = [*module.trained.values()]
     before = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    optimizer.zero_grad()  # those of fine-tuning's last batch are still there
     told = []
     for step in range(steps + 1):
         told.append(_pass(module, rows, size, is_last=step == steps))
