@@ -26,7 +26,7 @@ from editkit.methods.artefact import build_method
 from editkit.methods.base import EditModule
 from editkit.methods.memory import MemoryEdit
 from editkit.retention.source import EditedRun
-from editkit.retention.trainable import changes
+from editkit.retention.trainable import changes, unwrapped
 
 ARM_OF = {"reapplied": "control", "reedited": "control", "rekeyed": "edited"}
 BESIDE = ("corpus.txt", "world.json")  # what methods and data find in a model's folder
@@ -90,11 +90,11 @@ def edited_afresh(method: EditModule, run: EditedRun, folder: Path) -> EditModul
 def save_base(lm: EditableLM, folder: Path) -> None:
     """Write a fine-tuned base as a plain Hugging Face folder, without its edits."""
     model, tokenizer = load_pretrained(lm.spec, lm.model.dtype)
-    now: dict[str, Any] = {n.replace(".base_layer", ""): p for n, p in lm.model.named_parameters()}
+    now: dict[str, Any] = {unwrapped(name): p for name, p in lm.model.named_parameters()}
     for name, parameter in model.named_parameters():
         parameter.copy_(now[name])
     for name, delta in changes(lm, {}).items():  # of an adapter on top
-        weight = model.get_parameter(name.replace(".base_layer", ""))
+        weight = model.get_parameter(unwrapped(name))
         weight.copy_((weight.float() + delta).to(weight.dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

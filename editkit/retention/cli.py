@@ -90,7 +90,8 @@ class Retention:
 
     def _check_reach(self, config: Namespace) -> None:
         """Refuse what some options cannot do together."""
-        is_alone = config.trainer.devices == 1
+        devices = config.trainer.devices
+        is_alone = len(devices) == 1 if isinstance(devices, list) else str(devices) == "1"
         for name in ("shared", "reedit"):
             if getattr(self.settings, name) and not is_alone:
                 raise ValueError(f"retain.{name} is for runs on one device; leave it out")
@@ -133,6 +134,12 @@ class Retention:
             if is_mine and not (folder / DONE).exists():
                 self._run(arm, folder)
 
+    @property
+    def drift_texts(self) -> list[str]:
+        """Held-out texts on which drift is measured: the stream's, else the rows to test on."""
+        texts = [*self.run.data.texts] or [row.text for row in self.objective.tests]
+        return texts[: self.settings.drift_texts]
+
     def _shares(self, arm: Arm) -> bool:
         """Whether other runs may have this arm, too."""
         told = self.settings
@@ -155,12 +162,11 @@ class Retention:
 
     def _trainer(self, arm: Arm, folder: Path) -> Trainer:
         options = instantiate(self.parser, self.config).trainer.as_dict()  # anew for each arm
-        texts = self.run.data.texts[: self.settings.drift_texts]
+        followed = 0 if self._shares(arm) else self.settings.drift_edits  # they are not its own
         questions = Questions(
             self.items, self.evaluation, self.settings.at,
-            self.settings.mode == "ret_faithful",
-            texts or [row.text for row in self.objective.tests][: self.settings.drift_texts],
-            [*self.run.standing.values()][: self.settings.drift_edits], known_answers(self),
+            self.settings.mode == "ret_faithful", self.drift_texts,
+            [*self.run.standing.values()][:followed], known_answers(self),
             self.settings.after, self.settings.relearn,
         )  # fmt: skip
         watch = Watch(folder, questions, self.objective, self.run)

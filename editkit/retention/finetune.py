@@ -30,14 +30,11 @@ from editkit.lm.tokens import TokenPolicy, Tokens
 from editkit.methods.base import EditModule
 from editkit.retention.objectives import Loss
 from editkit.retention.schedule import Schedule
-from editkit.retention.trainable import Adapter, Freeze, Kind, Scope, choose_trainable
+from editkit.retention.trainable import Adapter, Freeze, Kind, Scope, choose_trainable, unwrapped
 
 Arm = Literal["edited", "control", "identity"]
 ARMS: tuple[Arm, ...] = ("edited", "control", "identity")
-NO_FREEZE, ADAPTER = Freeze(), Adapter()
-
-
-LINEAR = Schedule()
+NO_FREEZE, ADAPTER, LINEAR = Freeze(), Adapter(), Schedule()
 
 
 class FineTuneEdited(L.LightningModule):
@@ -169,7 +166,10 @@ class FineTuneEdited(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back."""
+        """Take them back, also where other layers hold edits (a control arm that runs share)."""
+        kept = {unwrapped(name): value for name, value in checkpoint["state_dict"].items()}
+        names = (f"method.lm.model.{name}" for name in self.trained)
+        checkpoint["state_dict"] = {name: kept[unwrapped(name)] for name in names}
         state = checkpoint["retention"]
         self.reference = state["reference"]
         if self.method is not None:

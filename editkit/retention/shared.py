@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from filelock import FileLock, Timeout
 
+import editkit
 from editkit.adapters.io import replacing
 from editkit.methods.base import EditModule
 from editkit.retention.answers import Rows
@@ -67,8 +69,8 @@ class Known:
 def known_answers(made: Retention) -> Known:
     """Return the answers that a run may find."""
     told = (
-        made.run.artefact["base"]["hash"], made.sha, made.evaluation.describe(),
-        made.settings.mode, made.config.trainer.as_dict(),
+        *base_of(made), made.sha, made.evaluation.describe(), made.settings.mode,
+        made.config.trainer.as_dict(),
     )  # fmt: skip
     return Known(made.settings.shared, told, made.run.artefact)
 
@@ -98,20 +100,27 @@ def control_name(made: Retention) -> str:
     The edits themselves are not among it: they are switched off. Where the layers that hold them
     decide what is frozen, these count.
     """
-    frozen = made.built.model.freeze
+    frozen, task = made.built.model.freeze, made.objective
     sites = [] if frozen.policy == "none" else made.run.sites
     told = [
-        made.run.artefact["base"]["hash"], made.sha, sites,
-        made.config.model.as_dict() | {"scope": "backbone"}, plan_sha256(made.objective.plan),
-        [repr(row) for row in made.objective.tests], made.evaluation.describe(),
-        made.settings.at, made.settings.mode, made.objective.batch_size,
-        made.settings.drift_texts, made.settings.drift_edits, made.config.seed_everything,
+        *base_of(made), made.sha, sites, made.config.model.as_dict() | {"scope": "backbone"},
+        plan_sha256(task.plan), [repr(row) for row in task.tests], task.loss, task.measure,
+        task.room, task.batch_size, made.evaluation.describe(), made.settings.at,
+        made.settings.mode, made.drift_texts, made.config.seed_everything,
         made.config.trainer.as_dict(),
     ]  # fmt: skip
     return name_of(told)
 
 
+def base_of(made: Retention) -> tuple[Any, ...]:
+    """Return what the base model is, and how a run asks it."""
+    told = made.run.artefact["lm"]
+    asked = (told.get(name) for name in ("dtype", "chat_template", "attn_implementation"))
+    return made.run.artefact["base"]["hash"], *asked
+
+
 def name_of(told: list[Any]) -> str:
     """Return a short name made of all this."""
-    text = json.dumps(told, default=str, sort_keys=True)
+    versions = editkit.__version__, torch.__version__
+    text = json.dumps([*versions, *told], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

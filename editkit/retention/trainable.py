@@ -185,6 +185,11 @@ def _places(model: nn.Module, modules: list[nn.Module]) -> list[list[tuple[nn.Mo
     return found
 
 
+def unwrapped(name: str) -> str:
+    """Return the name that a parameter has where no edit layer and no adapter wraps its layer."""
+    return name.replace(".base_layer", "")
+
+
 def changes(lm: EditableLM, start: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return how far each matrix of the backbone has moved, fp32 on the CPU, by parameter name.
 

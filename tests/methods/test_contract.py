@@ -66,7 +66,8 @@ def test_edit_layers_stand_on_the_models_device_whatever_the_default(make, monke
     with torch.device("meta"):  # a Trainer makes its GPU the default
         method.configure_model()
     tensors = [*lm.model.parameters(), *lm.model.buffers()]
-    assert lm.layers and {tensor.device.type for tensor in tensors} == {"cpu"}
+    assert lm.layers
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
 
 
 def logits(method, targets=None):

@@ -9,7 +9,7 @@ import torch
 
 from editkit.api import load
 from editkit.retention.outcome import against_control, control_rates, rates
-from editkit.retention.shared import sole
+from editkit.retention.shared import control_name, known_answers, name_of, sole
 
 
 def summary_of(folder):
@@ -153,6 +153,68 @@ def test_a_control_that_another_run_is_at_is_waited_for_last(retain, tmp_path, m
     busy[0] = False
     retain(*args, "--model.lr=0.02", out="first")
     assert order == ["edited", "control", "control", "edited"]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_control_goes_on_where_a_run_with_edits_elsewhere_was_killed(
+    retain, base, edits, tmp_path, monkeypatch, kind
+):
+    from editkit.retention import arms
+
+    lm = load(base, method="ft", layer=1, lr=0.01, steps=60, append_eos=True)
+    lm.edit_batch(edits)
+    lm.save(tmp_path / "elsewhere")
+    args = ("--retain.arms=[edited,control]", "--retain.checkpoint_every=2",
+            f"--model.kind={kind}", "--model.adapter.r=2")  # fmt: skip
+    shared = f"--retain.shared={tmp_path / 'shared'}"
+    _, alone = retain(*args, out="alone", run=tmp_path / "elsewhere")
+
+    class Killed(Exception):
+        pass
+
+    real = arms.Watch.on_train_batch_end
+
+    def kill(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if trainer.global_step == 3:
+            raise Killed
+
+    monkeypatch.setattr(arms.Watch, "on_train_batch_end", kill)
+    with pytest.raises(Killed):
+        retain(*args, shared, out="cut")  # edits of layer 2
+    assert len([*(tmp_path / "shared").rglob("last.ckpt")]) == 1
+    monkeypatch.setattr(arms.Watch, "on_train_batch_end", real)
+    code, after = retain(*args, shared, out="after", run=tmp_path / "elsewhere")
+    assert code == 0
+    assert len(arms_in(tmp_path / "shared")) == 1
+    assert lines_of(after) == lines_of(alone)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_for_answers"),
+    [
+        (lambda made: made.run.artefact["lm"].update(dtype="bfloat16"), True),
+        (lambda made: made.run.artefact["lm"].update(chat_template=True), True),
+        (lambda made: setattr(made.objective, "measure", "final_number"), False),
+        (lambda made: made.run.data.texts.append("he works"), False),
+    ],
+)
+def test_what_outcomes_depend_on_is_in_the_names(
+    edited, texts, facts, tiny_options, tmp_path, change, is_for_answers
+):
+    from editkit.retention.cli import Retention
+    from editkit.retention.settings import parser
+
+    made = parser()
+    args = ["--data=editkit.retention.tasks.Text", f"--data.path={texts}", *tiny_options]
+    args += [f"--run={edited}", f"--out={tmp_path / 'out'}", "--trainer.devices=1"]
+    args += [f"--retain.shared={tmp_path / 'shared'}", f"--probes.facts={facts}"]
+    run = Retention(made, made.parse_args(args))
+    before = control_name(run), name_of([*known_answers(run).told])
+    change(run)
+    after = control_name(run), name_of([*known_answers(run).told])
+    assert before[0] != after[0]
+    assert (before[1] != after[1]) == is_for_answers
 
 
 def test_a_shared_control_is_held_by_one_run(tmp_path):
