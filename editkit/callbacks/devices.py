@@ -52,9 +52,14 @@ class ToldToEnd(Callback):
 
 
 @contextmanager
-def one_end(trainer: Trainer) -> Iterator[None]:
-    """End all processes where one is gone, or where this one fails: the others would wait."""
-    watch = _Watch(trainer)
+def one_end(trainer: Trainer, remedy: str = "go on with --ckpt_path last") -> Iterator[None]:
+    """End all processes where one is gone, or where this one fails: the others would wait.
+
+    Args:
+        trainer: Trainer of the run.
+        remedy: What to do then, for people.
+    """
+    watch = _Watch(trainer, remedy)
     watch.start()
     try:
         yield
@@ -76,8 +81,9 @@ class _Watch(threading.Thread):
 
     others: ClassVar[list[subprocess.Popen[bytes]]] = []
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, remedy: str) -> None:
         super().__init__(name="editkit-devices", daemon=True)
+        self.remedy = remedy
         self.launcher = trainer.strategy.launcher
         self.rank, self.parent = trainer.global_rank, os.getppid()
         self.is_over = threading.Event()
@@ -117,8 +123,6 @@ class _Watch(threading.Thread):
     def _end(self, why: str, speaks: bool = True) -> None:
         self.end_others()
         if speaks:
-            sys.stderr.write(
-                f"editkit: error: {why}, and the run with it; go on with --ckpt_path last\n"
-            )
+            sys.stderr.write(f"editkit: error: {why}, and the run with it; {self.remedy}\n")
             sys.stderr.flush()
         os._exit(1)

@@ -155,7 +155,7 @@ class Retention:
         seed_everything(self.config.seed_everything, verbose=False)
         trainer = self._trainer(arm, folder)
         resumed = checkpoint_of(folder)
-        with one_end(trainer):
+        with one_end(trainer, "the same command goes on"):
             trainer.fit(module, datamodule=self.objective, ckpt_path=resumed)
         if trainer.interrupted:
             raise KeyboardInterrupt

@@ -58,10 +58,11 @@ def test_where_another_process_is_killed_all_end_and_one_sentence_says_why(start
 def test_where_the_first_process_is_gone_the_others_end(started, ends, capsys, monkeypatch):
     _, trainer = started
     trainer.global_rank = 1
-    with one_end(trainer):
+    with one_end(trainer, "begin again"):
         monkeypatch.setattr(devices.os, "getppid", lambda: 1)
         assert ends.done.wait(10)
-    assert "the process of the first device is gone" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.endswith("the first device is gone, and the run with it; begin again\n")
 
 
 def test_what_fails_here_ends_the_others_and_is_raised(started, ends):
@@ -74,7 +75,7 @@ def test_what_fails_here_ends_the_others_and_is_raised(started, ends):
 
 def test_processes_that_ended_well_end_nothing(started, ends):
     others, trainer = started
-    watch = devices._Watch(trainer)
+    watch = devices._Watch(trainer, "")
     watch.others += [subprocess.Popen([sys.executable, "-c", ""])]
     watch.others[0].wait()
     with one_end(trainer):
