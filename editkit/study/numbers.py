@@ -37,8 +37,8 @@ class Point:
         diff_in_diff: `control` - `ERR`.
         downstream: Mean of each moment's score, by moment.
         measure: What that score is.
-        kl: Mean KL to the edited model.
-        keys: Mean relative shift of the keys.
+        kl: Mean KL to the edited model; None of what was done afterwards.
+        keys: Mean relative shift of the keys, likewise.
         trained: Mean number of trained parameters.
         only_here: Edits kept here and not without the remedy; None for `none`.
         only_there: The reverse.
@@ -134,8 +134,9 @@ def _fill(point: Point, folders: Sequence[tuple[int, Path]], study: Study) -> No
         values = [s["downstream"].get(name) for s in summaries]
         if None not in values:
             point.downstream[moment] = sum(values) / len(values)
-    point.kl = _mean([s["drift"]["kl"] for s in summaries])
-    point.keys = _mean([_mean([*s["drift"]["keys"].values()]) for s in summaries])
+    if arm == "edited":  # the one whose drift is measured
+        point.kl = _mean([s["drift"]["kl"] for s in summaries])
+        point.keys = _mean([_mean([*s["drift"]["keys"].values()]) for s in summaries])
     point.trained = _mean([s["manifest"]["trained_parameters"] for s in summaries])
 
 

@@ -30,7 +30,7 @@ figure{background:#fff}}"""
 
 def write_study(study: Study, points: Sequence[Point], folder: Path) -> tuple[Path, Path]:
     """Write `table.md` and `page.html`; return both."""
-    short = [_short_row(one) for one in shorten(points)]
+    short = [_short_row(one) for one in shorten(points, bool(study.alone))]
     tables = [("In short", SHORT_HEADS, short), ("Every run", HEADS, table_rows(points))]
     note = notes(study, points)
     lines = [f"# {study.name}", ""]

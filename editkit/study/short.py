@@ -1,14 +1,16 @@
 """A study in short: all methods together, each remedy against none on the very same questions.
 
 A question that several methods were asked is one cluster: what varies together among them does so
-in the intervals. A remedy counts where the same method, objective and stream ran without it, too,
-on the edits (or facts) that were right before fine-tuning both times.
+in the intervals. Where edits are made alone, all questions to one edit's models are one. A remedy
+counts where the same method, objective and stream ran without it, too, on the edits (or facts) that
+were right before fine-tuning both times.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from editkit.metrics.intervals import Estimate, estimate, estimate_contrast
 from editkit.study.numbers import Part, Point
@@ -51,8 +53,13 @@ class Short:
     task: tuple[float | None, float | None] | None = None
 
 
-def shorten(points: Sequence[Point]) -> list[Short]:
-    """Return a row for each remedy and objective, and one for all objectives of a remedy."""
+def shorten(points: Sequence[Point], is_alone: bool = False) -> list[Short]:
+    """Return a row for each remedy and objective, and one for all objectives of a remedy.
+
+    Args:
+        points: What came of the study.
+        is_alone: Whether each edit had a model of its own.
+    """
     done = [p for p in points if p.done]
     found = []
     for remedy in dict.fromkeys(p.remedy for p in done):
@@ -60,12 +67,14 @@ def shorten(points: Sequence[Point]) -> list[Short]:
         objectives = [*dict.fromkeys(p.objective for p in mine)]
         for name in [*objectives, *([ALL] if len(objectives) > 1 else [])]:
             part = [p for p in mine if name in (ALL, p.objective)]
-            found.append(_short(remedy, name, part, done))
+            found.append(_short(remedy, name, part, done, is_alone))
     return found
 
 
-def _short(remedy: str, objective: str, part: Sequence[Point], done: Sequence[Point]) -> Short:
-    edits, facts = (_pooled(part, name) for name in ("E", "K"))
+def _short(
+    remedy: str, objective: str, part: Sequence[Point], done: Sequence[Point], is_alone: bool
+) -> Short:
+    edits, facts = (_pooled(part, name, is_alone) for name in ("E", "K"))
     found = (
         remedy, objective, len({p.method for p in part}), estimate(*edits), estimate(*facts),
         estimate_contrast(facts, edits, "difference"),
@@ -74,7 +83,7 @@ def _short(remedy: str, objective: str, part: Sequence[Point], done: Sequence[Po
         return Short(*found, task=None if objective == ALL else (_task(part), None))
     plain = {(p.method, p.objective): p for p in done if p.remedy == NONE}
     pairs = [(p, plain[p.method, p.objective]) for p in part if (p.method, p.objective) in plain]
-    more_edits, more_facts = (_paired(pairs, name) for name in ("E", "K"))
+    more_edits, more_facts = (_paired(pairs, name, is_alone) for name in ("E", "K"))
     task = (
         None if objective == ALL else (_task([p for p, _ in pairs]), _task([q for _, q in pairs]))
     )
@@ -89,21 +98,22 @@ def _task(points: Sequence[Point]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _pooled(points: Sequence[Point], name: str) -> Part:
+def _pooled(points: Sequence[Point], name: str, is_alone: bool) -> Part:
     """Return the questions of a set over several points, those of one kind together."""
-    return _part([(key, v) for p in points for key, v in p.items[name].items()])
+    return _part([(key, v) for p in points for key, v in p.items[name].items()], is_alone)
 
 
-def _paired(pairs: Sequence[tuple[Point, Point]], name: str) -> Part:
+def _paired(pairs: Sequence[tuple[Point, Point]], name: str, is_alone: bool) -> Part:
     """Return with minus without, of the questions that count in both."""
     rows = []
     for with_, without in pairs:
         one, other = with_.items[name], without.items[name]
         rows += [(key, one[key] - other[key]) for key in one if key in other]
-    return _part(rows)
+    return _part(rows, is_alone)
 
 
-def _part(rows: Sequence[tuple[tuple[int, str], float]]) -> Part:
-    clusters: dict[tuple[int, str], int] = {}
-    ids: list[int | None] = [clusters.setdefault(key, len(clusters)) for key, _ in rows]
+def _part(rows: Sequence[tuple[tuple[int, str], float]], is_alone: bool) -> Part:
+    clusters: dict[Any, int] = {}
+    names = (key[0] if is_alone else key for key, _ in rows)
+    ids: list[int | None] = [clusters.setdefault(name, len(clusters)) for name in names]
     return [value for _, value in rows], ids

@@ -267,6 +267,7 @@ def test_a_remedy_may_count_what_was_done_afterwards(told, tmp_path):
     points = {(p.objective, p.remedy): p for p in collect(study, tmp_path) if p.done}
     assert points["text", "keys"].ERR["value"] == 1.0
     assert points["text", "keys"].downstream["tuned"] == 0.7
+    assert (points["text", "keys"].kl, points["text", "keys"].keys) == (None, None)
 
 
 def test_edits_made_alone_have_a_model_each_and_count_as_one(told, tmp_path):
@@ -290,6 +291,8 @@ def test_edits_made_alone_have_a_model_each_and_count_as_one(told, tmp_path):
         put(study.tuned_folder(tmp_path, "FT", "text", "none", Stream(7, n)), kept=[0])
     found = next(p for p in collect(study, tmp_path) if p.objective == "text")
     assert (found.ERR["n"], found.IRR["n"], found.IRR["edits"]) == (9, 6, 3)
+    short = shorten([found], is_alone=True)[0]
+    assert (short.ERR["edits"], short.IRR["n"], short.IRR["edits"]) == (3, 6, 3)
     assert found.missing == [Stream(0, n) for n in range(3)]
     assert "3 edits of each alone" in write_study(study, [found], tmp_path)[0].read_text()
 
