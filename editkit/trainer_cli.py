@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 
 from editkit.callbacks.ability import Ability
@@ -218,10 +218,6 @@ def run_trainer(args: list[str] | None, cli: type[EditCLI] = EditCLI) -> None:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
-    except SIGTERMException as error:
-        if rank_zero_only.rank == 0:
-            sys.stderr.write("editkit: told to end (SIGTERM); go on with --ckpt_path last\n")
-        raise SystemExit(143) from error
 
 
 def _run(args: list[str] | None, cli: type[EditCLI]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from editkit.parallel import Ranks
 
@@ -58,6 +59,9 @@ def one_end(trainer: Trainer, remedy: str = "go on with --ckpt_path last") -> It
     Args:
         trainer: Trainer of the run.
         remedy: What to do then, for people.
+
+    Raises:
+        SystemExit: With status 143, where the run was told to end (SIGTERM).
     """
     watch = _Watch(trainer, remedy)
     watch.start()
@@ -67,7 +71,11 @@ def one_end(trainer: Trainer, remedy: str = "go on with --ckpt_path last") -> It
         if isinstance(error, RuntimeError) and trainer.world_size > 1:
             watch.join(10 * EVERY)  # what fails here may be the connection to one that is gone
         watch.end_others()
-        raise
+        if not isinstance(error, SIGTERMException):
+            raise
+        if watch.rank == 0:
+            sys.stderr.write(f"editkit: told to end (SIGTERM); {remedy}\n")
+        raise SystemExit(143) from error
     finally:
         watch.is_over.set()
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from editkit.callbacks.devices import one_end
+from editkit.callbacks.devices import ToldToEnd, one_end
 from editkit.callbacks.progress import EditProgress
 from editkit.metrics.protocol import EvalProtocol
 from editkit.report.page import write_report
@@ -171,7 +171,8 @@ class Retention:
         )  # fmt: skip
         watch = Watch(folder, questions, self.objective, self.run)
         given = options["callbacks"] or []
-        options["callbacks"] = [*(given if isinstance(given, list) else [given]), watch]
+        given = given if isinstance(given, list) else [given]
+        options["callbacks"] = [ToldToEnd(), *given, watch]
         if options["enable_checkpointing"] in (None, True):
             options["callbacks"].append(keeper(folder, self.settings.checkpoint_every))
         if options["enable_progress_bar"] in (None, True):

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from editkit.callbacks import devices
 from editkit.callbacks.devices import one_end
@@ -71,6 +72,15 @@ def test_what_fails_here_ends_the_others_and_is_raised(started, ends):
         raise ValueError("no luck")
     assert [process.wait(10) for process in others] == [-9, -9]
     assert ends.found == []
+
+
+def test_a_run_that_is_told_to_end_ends_with_the_status_of_that(started, ends, capsys):
+    others, trainer = started
+    with pytest.raises(SystemExit) as ended, one_end(trainer, "begin again"):
+        raise SIGTERMException
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "editkit: told to end (SIGTERM); begin again\n"
+    assert [process.wait(10) for process in others] == [-9, -9]
 
 
 def test_processes_that_ended_well_end_nothing(started, ends):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from contextlib import contextmanager
 
 import pytest
@@ -109,6 +111,29 @@ def test_a_killed_arm_goes_on_and_ends_the_same(retain, monkeypatch):
     assert summary_of(cut)["drift"] == summary_of(straight)["drift"]
     assert not list(cut.rglob("*.ckpt"))
     assert not list(cut.rglob("*.safetensors"))
+
+
+def test_an_arm_that_is_told_to_end_says_so_and_goes_on(retain, monkeypatch, capsys):
+    from editkit.retention import arms
+
+    args = ("--retain.arms=[edited]", "--retain.checkpoint_every=2")
+    _, straight = retain(*args, out="straight")
+    real = arms.Watch.on_train_batch_end
+
+    def tell(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if trainer.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(arms.Watch, "on_train_batch_end", tell)
+    with pytest.raises(SystemExit) as ended:
+        retain(*args, out="told")
+    assert ended.value.code == 143
+    assert "told to end (SIGTERM); the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(arms.Watch, "on_train_batch_end", real)
+    code, told = retain(*args, out="told")
+    assert code == 0
+    assert lines_of(told) == lines_of(straight)
 
 
 def arms_in(folder):
