@@ -5,11 +5,13 @@ import json
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 
 from editkit.api import load
+from editkit.retention import arms
 from editkit.retention.outcome import against_control, control_rates, rates
 from editkit.retention.shared import control_name, known_answers, name_of, sole
 
@@ -85,26 +87,35 @@ def test_arms_that_are_done_are_not_run_again(retain):
     assert lines_of(folder) == rows
 
 
-def test_a_killed_arm_goes_on_and_ends_the_same(retain, monkeypatch):
-    from editkit.retention import arms
+class Killed(Exception):
+    """What ends a run without a word."""
 
+
+def kill():
+    raise Killed
+
+
+@contextmanager
+def stopped_at(step, stop):
+    """Let something happen to runs behind a step."""
+    real = arms.Watch.on_train_batch_end
+
+    def watch(self, trainer, *rest):
+        real(self, trainer, *rest)
+        if trainer.global_step == step:
+            stop()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms.Watch, "on_train_batch_end", watch)
+        yield
+
+
+def test_a_killed_arm_goes_on_and_ends_the_same(retain):
     args = ("--retain.arms=[edited]", "--retain.checkpoint_every=2")
     _, straight = retain(*args, out="straight")
 
-    class Killed(Exception):
-        pass
-
-    real = arms.Watch.on_train_batch_end
-
-    def kill(self, trainer, *rest):
-        real(self, trainer, *rest)
-        if trainer.global_step == 3:
-            raise Killed
-
-    monkeypatch.setattr(arms.Watch, "on_train_batch_end", kill)
-    with pytest.raises(Killed):
+    with stopped_at(3, kill), pytest.raises(Killed):
         retain(*args, out="cut")
-    monkeypatch.setattr(arms.Watch, "on_train_batch_end", real)
     code, cut = retain(*args, out="cut")
     assert code == 0
     assert lines_of(cut) == lines_of(straight)
@@ -113,24 +124,14 @@ def test_a_killed_arm_goes_on_and_ends_the_same(retain, monkeypatch):
     assert not list(cut.rglob("*.safetensors"))
 
 
-def test_an_arm_that_is_told_to_end_says_so_and_goes_on(retain, monkeypatch, capsys):
-    from editkit.retention import arms
-
+def test_an_arm_that_is_told_to_end_says_so_and_goes_on(retain, capsys):
     args = ("--retain.arms=[edited]", "--retain.checkpoint_every=2")
     _, straight = retain(*args, out="straight")
-    real = arms.Watch.on_train_batch_end
-
-    def tell(self, trainer, *rest):
-        real(self, trainer, *rest)
-        if trainer.global_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(arms.Watch, "on_train_batch_end", tell)
-    with pytest.raises(SystemExit) as ended:
+    tell = partial(os.kill, os.getpid(), signal.SIGTERM)
+    with stopped_at(3, tell), pytest.raises(SystemExit) as ended:
         retain(*args, out="told")
     assert ended.value.code == 143
     assert "told to end (SIGTERM); the same command goes on" in capsys.readouterr().err
-    monkeypatch.setattr(arms.Watch, "on_train_batch_end", real)
     code, told = retain(*args, out="told")
     assert code == 0
     assert lines_of(told) == lines_of(straight)
@@ -182,10 +183,8 @@ def test_a_control_that_another_run_is_at_is_waited_for_last(retain, tmp_path, m
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_control_goes_on_where_a_run_with_edits_elsewhere_was_killed(
-    retain, base, edits, tmp_path, monkeypatch, kind
+    retain, base, edits, tmp_path, kind
 ):
-    from editkit.retention import arms
-
     lm = load(base, method="ft", layer=1, lr=0.01, steps=60, append_eos=True)
     lm.edit_batch(edits)
     lm.save(tmp_path / "elsewhere")
@@ -194,21 +193,9 @@ def test_a_control_goes_on_where_a_run_with_edits_elsewhere_was_killed(
     shared = f"--retain.shared={tmp_path / 'shared'}"
     _, alone = retain(*args, out="alone", run=tmp_path / "elsewhere")
 
-    class Killed(Exception):
-        pass
-
-    real = arms.Watch.on_train_batch_end
-
-    def kill(self, trainer, *rest):
-        real(self, trainer, *rest)
-        if trainer.global_step == 3:
-            raise Killed
-
-    monkeypatch.setattr(arms.Watch, "on_train_batch_end", kill)
-    with pytest.raises(Killed):
+    with stopped_at(3, kill), pytest.raises(Killed):
         retain(*args, shared, out="cut")  # edits of layer 2
     assert len([*(tmp_path / "shared").rglob("last.ckpt")]) == 1
-    monkeypatch.setattr(arms.Watch, "on_train_batch_end", real)
     code, after = retain(*args, shared, out="after", run=tmp_path / "elsewhere")
     assert code == 0
     assert len(arms_in(tmp_path / "shared")) == 1
@@ -342,8 +329,6 @@ def test_the_order_swapped_edits_the_tuned_base_as_a_run_of_its_own_would(
 def test_lost_edits_are_learned_again_beside_new_ones_and_nothing_is_left_of_it(
     retain, remembered, monkeypatch
 ):
-    from editkit.retention import arms
-
     real = arms.relearn
 
     def twice(*given):
