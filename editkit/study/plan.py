@@ -29,7 +29,10 @@ from editkit.study.cells import Cell, slug
 NONE = "none"
 KEYS = {"seeds", "alone", "fit", "retain", "methods", "objectives", "remedies", "scorer"}
 REMEDY_KEYS = {"fit", "retain", "objectives", "methods", "arm"}
-ARMS = ("edited", "reapplied", "reedited", "rekeyed")
+MADE_BY = {  # options of the arms that a remedy may count beside the edited one
+    "reapplied": "--retain.reapply", "reedited": "--retain.reedit", "rekeyed": "--retain.rekey",
+}  # fmt: skip
+ARMS = ("edited", *MADE_BY)
 
 
 class Stream(NamedTuple):
@@ -180,6 +183,13 @@ def read_study(path: Path) -> Study:
             raise ValueError(f"remedy {label!r} has a key {wrong[0]!r}; use {sorted(REMEDY_KEYS)}")
         if remedy.get("arm", "edited") not in ARMS:
             raise ValueError(f"remedy {label!r} has arm {remedy['arm']!r}; use one of {ARMS}")
+        option = MADE_BY.get(study.arm(label))
+        given = [*study.retain, *remedy.get("retain", [])]
+        if option is not None and not any(one.startswith(option) for one in given):
+            raise ValueError(
+                f"remedy {label!r} counts arm {study.arm(label)!r}, which none of its options "
+                f"makes; add {option}=true to its 'retain'"
+            )
         for name, known in (("objectives", study.objectives), ("methods", study.methods)):
             if unknown := [one for one in remedy.get(name, []) if one not in known]:
                 raise ValueError(f"remedy {label!r} names {unknown[0]!r}, which is none of {name}")

@@ -70,6 +70,7 @@ def test_a_study_edits_once_for_all_that_fine_tunes_alike(told, tmp_path):
         ({"remedies": {"x": {"objectives": ["chess"]}}}, "names 'chess', which is none of"),
         ({"remedies": {"x": {"frozen": []}}}, "has a key 'frozen'"),
         ({"remedies": {"x": {"arm": "rekey"}}}, "has arm 'rekey'; use one of"),
+        ({"remedies": {"x": {"arm": "rekeyed"}}}, "add --retain.rekey=true to its 'retain'"),
         ({"alone": "all"}, "give a number of edits"),
     ],
 )
@@ -254,7 +255,9 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
 
 
 def test_a_remedy_may_count_what_was_done_afterwards(told, tmp_path):
-    told["remedies"] = {"keys": {"arm": "rekeyed", "retain": ["--x"], "methods": ["FT"]}}
+    told["remedies"] = {
+        "keys": {"arm": "rekeyed", "retain": ["--retain.rekey=true"], "methods": ["FT"]}
+    }
     study = read_study(written(told))
     folder = study.tuned_folder(tmp_path, "FT", "text", "keys", Stream(0))
     put(folder, kept=[0])
