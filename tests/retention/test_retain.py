@@ -124,6 +124,20 @@ def test_a_killed_arm_goes_on_and_ends_the_same(retain):
     assert not list(cut.rglob("*.safetensors"))
 
 
+def test_an_arm_that_is_killed_behind_its_last_step_is_asked_again(retain, monkeypatch):
+    args = ("--retain.arms=[edited]", "--retain.checkpoint_every=2")
+    _, straight = retain(*args, out="straight")
+    real = arms.drift
+    monkeypatch.setattr(arms, "drift", lambda *_: kill())
+    with pytest.raises(Killed):
+        retain(*args, out="cut")
+    monkeypatch.setattr(arms, "drift", real)
+    code, cut = retain(*args, out="cut")
+    assert code == 0
+    assert lines_of(cut) == lines_of(straight)
+    assert summary_of(cut)["drift"] == summary_of(straight)["drift"]
+
+
 def test_an_arm_that_is_told_to_end_says_so_and_goes_on(retain, capsys):
     args = ("--retain.arms=[edited]", "--retain.checkpoint_every=2")
     _, straight = retain(*args, out="straight")
