@@ -60,6 +60,7 @@ from editkit.edits import Edit
 from editkit.methods.health import worst_pool
 from editkit.methods.shards import Loop
 from editkit.methods.windows import Windowed
+from editkit.methods.wordings import as_asked
 
 MORE_STEPS = 1.5  # at each retry
 WINDOW_TRIES = 3
@@ -90,7 +91,7 @@ class REPAIR(Windowed):
         before, made, numbers = self.memory.pools.tables, dict(self.made), {}
         try:
             edits = self.make_room(edits)
-            if len(self.waiting) + len(edits) < self.shards.merge:
+            if len(self.waiting) + len(as_asked(edits)) < self.shards.merge:
                 fit = self.write_apart(edits)
                 numbers = {"steps": float(fit.steps), "loss": float(fit.losses_E.mean())}
             else:
@@ -149,7 +150,8 @@ class REPAIR(Windowed):
             left = ids
             self.set_apart(left, before)
         self._defer(left)
-        return self._repair() if self.loop.enabled else self.false_activations()
+        seen = self.edits_seen + len(fresh)
+        return self._repair(seen) if self.loop.enabled else self.false_activations()
 
     def _defer(self, left: list[int]) -> None:
         """Let edits wait for a later window; those that may wait no longer keep their own pool."""
@@ -161,10 +163,10 @@ class REPAIR(Windowed):
 
     # the loop
 
-    def _repair(self) -> float:
-        """Rebuild the worst pool while there is one that should be, and budget."""
+    def _repair(self, seen: int) -> float:
+        """Rebuild the worst pool while there is one that should be, and budget for these edits."""
         wrong, false = self.health.wrong(), self.false_activations()
-        while self.trained < self.loop.budget * self.edits_seen:
+        while self.trained < self.loop.budget * seen:
             pool = worst_pool(self.memory.pools, wrong, self.tried, self.loop)
             if pool is None:
                 break

@@ -24,6 +24,7 @@ from editkit.methods.base import UndoError
 from editkit.methods.memory import MemoryEdit
 from editkit.methods.shard_training import Fit, Lesson, Wanted, train_shard
 from editkit.methods.shards import Distillation, Fitting, Margins, Mask, Shards
+from editkit.methods.wordings import as_asked
 from editkit.metrics.evaluate import ProbeRow
 
 HELD_OUT, UNRELATED = 200, 300  # prompts that tell of false activations, and to train against
@@ -207,8 +208,9 @@ class SideEdit(MemoryEdit):
 
     def enrol(self, edits: list[Edit], pool: int) -> None:
         """Let edits live in a pool."""
-        self.memory.pools.house([e.id for e in edits], pool)
-        self.made |= {e.id: e for e in edits}
+        own = as_asked(edits)
+        self.memory.pools.house([*own], pool)
+        self.made |= own
 
     @torch.no_grad()
     def own_scores(self, edits: list[Edit], pool: int) -> Tensor:

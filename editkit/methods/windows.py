@@ -19,6 +19,7 @@ from editkit.methods.health import Found, Health
 from editkit.methods.shard_training import Fit
 from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged_apart
 from editkit.methods.wise import WISE
+from editkit.methods.wordings import as_asked, expanded
 
 AS_RESOLVED = Distillation(weight=1.0), Regroup(), Merge()
 
@@ -106,14 +107,19 @@ class Windowed(WISE):
         self.enrol(edits, pool)
         self.health.know(self.made)
         self._measure(pool)
-        self.trained += len(edits)
+        self.trained += len(as_asked(edits))
         return fit
+
+    def worded(self, ids: list[int]) -> list[Edit]:
+        """Return edits in all wordings that they are trained in, their own first."""
+        return expanded([self.made[i] for i in ids], self.paraphrases, self.repeats)
 
     def admit(self, edits: list[Edit]) -> list[int]:
         """Take in edits that go straight into a window; return their ids."""
-        self.made |= {e.id: e for e in edits}
+        own = as_asked(edits)
+        self.made |= own
         self.health.know(self.made)
-        return [e.id for e in edits]
+        return [*own]
 
     def set_apart(self, ids: list[int], before: dict[str, Tensor]) -> None:
         """Let edits answer from the shards that they had before; those without get one each."""
@@ -122,7 +128,7 @@ class Windowed(WISE):
         homes = dict(zip(before["edit_M"].tolist(), before["home_M"].tolist(), strict=True))
         for i in ids:
             if i not in homes:
-                self.write_apart([self.made[i]])
+                self.write_apart(self.worded([i]))
                 continue
             name = before["name_P"][homes[i]]
             if not (pools.name_P == name).any():
@@ -166,14 +172,16 @@ class Windowed(WISE):
         size, many = self.shards.save, self.shards.merge // self.shards.save
         for batch in self.regroup.deal(self.health.features(ids), size):
             members, mask = [ids[n] for n in batch], self.draw_mask(self.draw_seed())
-            lesson = self.lesson([self.made[i] for i in members], beside=ids)
+            worded, own = self.worded(members), len(members)
+            lesson = self.lesson(worded, beside=ids)
             fit = self.fit_lesson(lesson, mask, None, more)
-            apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED)
+            apart_E = cosine_to(fit.signature_ED[0], fit.signature_ED[:own])
             far_E = apart_E > self.regroup.consistency
             stay = [n for n, is_far in enumerate(far_E.tolist()) if n == 0 or not is_far]
             if may_leave and self.regroup.by_likeness and len(stay) < len(members):
                 members = [members[n] for n in stay]
-                fit = self.fit_lesson(lesson.part(stay), mask, None, more)
+                rows = [n + k for k in range(0, len(worded), own) for n in stay]
+                fit = self.fit_lesson(lesson.part(rows), mask, None, more)
             self.trained += len(batch)
             found.append((members, fit, mask))
         for n in range(0, len(found), many):

@@ -41,3 +41,11 @@ def expanded(edits: list[Edit], paraphrases: int, repeats: int) -> list[Edit]:
     again = [edit for _ in range(repeats) for edit in edits]
     others = [replace(e, prompt=e.rephrases[i]) for i in range(paraphrases) for e in edits]
     return [*edits, *again, *others]
+
+
+def as_asked(edits: list[Edit]) -> dict[int, Edit]:
+    """Return each edit by its id in its own wording, which `expanded` puts first."""
+    found: dict[int, Edit] = {}
+    for edit in edits:
+        found.setdefault(edit.id, edit)
+    return found

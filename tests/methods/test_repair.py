@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -122,6 +124,31 @@ def test_of_a_whole_window_too_no_edit_is_lost(make):
     lm.edit_batch(STREAM[:4])
     assert lm.method.deferred  # merging such shards fails
     assert is_right(lm, STREAM[:4]) == [True] * 4
+
+
+def test_a_whole_window_is_rebuilt_within_its_own_budget(make):
+    lm = make(fitting=FEW_STEPS, regroup=TOGETHER, loop=Loop(prune=0.01, errors=0, retries=4),
+              shards=Shards(density=0.5, save=4, merge=4, keep=0.1))  # fmt: skip
+    rebuilt = []
+    lm.method._rebuild = lambda pool, wrong, false: rebuilt.append(pool) or ([], false)
+    lm.method.set_apart = lambda ids, before: None  # who fails stays in the pool
+    lm.edit_batch(STREAM[:4])
+    assert rebuilt == [0]
+
+
+def test_wordings_of_an_edit_are_trained_with_it_and_are_no_edits(make):
+    lm = make(regroup=TOGETHER, paraphrases=2, shards=Shards(density=1.0, save=2, merge=2))
+    worded = [
+        replace(e, rephrases=(f"Question : {e.prompt}", f"he and {e.prompt}")) for e in STREAM[:2]
+    ]
+    assert lm.edit_batch(worded[:1])["waiting"] == 1
+    numbers = lm.edit_batch(worded[1:])
+    assert sorted(lm.method.memory.pools.edit_M.tolist()) == [0, 1]
+    assert [e.prompt for e in lm.method.made.values()] == [e.prompt for e in worded]
+    assert numbers["right_pool"] == 1
+    assert is_right(lm, worded) == [True] * 2
+    others = [replace(e, prompt=text) for e in worded for text in e.rephrases]
+    assert is_right(lm, others) == [True] * 4
 
 
 # the descent
@@ -272,7 +299,7 @@ def test_a_pool_that_went_bad_is_rebuilt(make):
     assert len(merged) > 1
     method.memory.write(0, -pools.deltas[0].detach())  # claims what it did, and says the opposite
     method.health.answers.clear()
-    method._repair()
+    method._repair(method.edits_seen)
     assert method.accepted > 0
     assert set(method.trace[0][0]) == set(merged)
     assert method.trace[-1][1] == []
