@@ -57,8 +57,8 @@ def write_result(made: Retention) -> dict[str, Any]:
             ]
     write_lines(made.folder / ROWS, (line for part in told.values() for line in part))
     summary = _summary(made, arms, told)
-    write_json(made.folder / SUMMARY, summary)
     _check_identity(summary)
+    write_json(made.folder / SUMMARY, summary)
     return summary
 
 
