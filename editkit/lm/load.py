@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from editkit.lm.spec import LMSpec
 
@@ -26,6 +29,20 @@ def resolve_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+@contextmanager
+def plain_linears() -> Iterator[None]:
+    """Build models from torch's own `nn.Linear`, whatever stands in its place.
+
+    Lightning's plugins for 4 and 8 bits put theirs there while a model is configured, and pack the
+    layers afterwards. transformers would fill theirs with numbers that are never packed.
+    """
+    ours, torch.nn.Linear = nn.Linear, torch.nn.modules.linear.Linear  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.nn.Linear = ours  # type: ignore[misc]
 
 
 def load_pretrained(spec: LMSpec, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from editkit.edits import Edit, Probe
 from editkit.functional.losses import target_nll
 from editkit.lm.editable import EditableLM
+from editkit.lm.load import plain_linears
 from editkit.lm.shard import shard
 from editkit.lm.spec import LMSpec
 from editkit.methods.arguments import kept_arguments
@@ -97,7 +98,7 @@ class EditModule(StreamModule, ABC):
             self.init_args()  # what could not be saved at the end is an error now
             precision = str(self._trainer.precision) if self._trainer is not None else ""
             dtypes = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
-            with agreed():
+            with agreed(), plain_linears():
                 self.lm = EditableLM.load(self.spec, dtypes.get(precision, torch.float32))
                 shard(self.lm, self._device_mesh)
                 with torch.device("cpu"):  # a Trainer's default would not suit seeded draws

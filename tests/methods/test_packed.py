@@ -66,6 +66,25 @@ def packed(tiny, located):
     return start
 
 
+@pytest.mark.parametrize("name", ["memoir", "lora"])
+def test_what_a_plugin_puts_in_the_place_of_linear_waits_until_weights_are_there(
+    name, tiny, monkeypatch
+):
+    class TooEarly(nn.Linear):
+        """Lightning's plugins stand in for `nn.Linear` while `configure_model` runs."""
+
+    method = build_method(
+        f"editkit.methods.{name}.{'LoRA' if name == 'lora' else 'MEMOIR'}",
+        lm=LMSpec(id=tiny("llama")),
+        evaluation=EvalProtocol(),
+        **yaml.safe_load((METHODS / f"{name}.yaml").read_text())["init_args"],
+    )
+    monkeypatch.setattr(torch.nn, "Linear", TooEarly)
+    method.configure_model()
+    assert torch.nn.Linear is TooEarly
+    assert not any(isinstance(module, TooEarly) for module in method.modules())
+
+
 @pytest.mark.parametrize(("name", "cls"), [("memoir", None), ("wise", None), ("memit", MEMIT)])
 def test_a_method_that_never_reads_the_weight_edits_a_packed_model(name, cls, packed, edits):
     method = packed(name, cls)
