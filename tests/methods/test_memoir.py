@@ -215,7 +215,8 @@ def test_each_row_says_who_answered_and_rates_count_them(make, edits):
     assert [row["route"]["match"] for row in rows[:4]] == [1.0] * 4
     rates = routing_rates(rows)
     assert rates == {
-        "self_match": 1.0, "rejected": 0.5, "wrong_route": 0.5, "false_activations": 0.2,
+        "self_match": 1.0, "self_wrong": 0.0, "self_rejected": 0.0,
+        "right_route": 0.0, "wrong_route": 0.5, "rejected": 0.5, "false_activations": 0.2,
     }  # fmt: skip
 
 
