@@ -34,7 +34,7 @@ def contents(folder):
     }
 
 
-def refused(args, match, capsys, folder):
+def check_refused(args, match, capsys, folder):
     """The command ends in one sentence that has these words; the folder is as it was."""
     before = contents(folder)
     code = main(args)
@@ -97,7 +97,7 @@ def test_all_bad_rows_are_told_at_once_with_their_lines(fit, tmp_path, capsys):
     rows = [GOOD, *(row for row, _ in ROWS.values())]
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (tmp_path / "edits.jsonl").write_text("\n".join(lines) + "\n")
-    refused(fit(), f"{len(ROWS)} of {len(rows)} rows", capsys, tmp_path)
+    check_refused(fit(), f"{len(ROWS)} of {len(rows)} rows", capsys, tmp_path)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -216,7 +216,7 @@ def test_an_artefact_that_is_not_whole_is_refused(name, saved, tmp_path, capsys)
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     spoil(run)
-    refused(["generate", str(run), "the capital of Alba is"], match, capsys, tmp_path)
+    check_refused(["generate", str(run), "the capital of Alba is"], match, capsys, tmp_path)
 
 
 def test_an_artefact_on_another_base_names_both_hashes(saved, tiny, tmp_path):
@@ -254,7 +254,7 @@ CHECKPOINTS = {
 def test_a_checkpoint_that_cannot_be_gone_on_with_is_refused(name, fit, tmp_path, capsys):
     make, match = CHECKPOINTS[name]
     make(tmp_path / "bad.ckpt")
-    refused(fit("--ckpt_path=bad.ckpt"), match, capsys, tmp_path)
+    check_refused(fit("--ckpt_path=bad.ckpt"), match, capsys, tmp_path)
 
 
 CONFIGS = {
@@ -307,5 +307,5 @@ def test_a_config_that_makes_no_sense_is_refused(name, fit, tiny, tmp_path, caps
     del weights["model.layers.2.mlp.down_proj.weight"]
     save_file(weights, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "broken.yaml").write_text("class_path: [editkit\n")
-    refused(fit(*more), match, capsys, tmp_path)
+    check_refused(fit(*more), match, capsys, tmp_path)
     assert not (tmp_path / "runs").exists()

@@ -37,8 +37,8 @@ class ZsRE(RecordModule):
     Args:
         path: A file or folder, `owner/name` of a Hub data set, or one file there by its address
             `hf://datasets/owner/name@revision/file.json`; see `RecordModule`.
-        reading: Which answer is written and how `loc` is asked: as in WISE's code (`wise`) or
-            MEMIT's (`memit`).
+        reading: Field of the answer that is written: `alt`, as in WISE's code, or `answers`, as in
+            MEMIT's, which also asks `loc` with a question mark.
         nq_prefix: Keep the words "nq question: " in front of `loc`, as all of these papers do.
         **kwargs: See `RecordModule`.
     """
@@ -54,13 +54,13 @@ class ZsRE(RecordModule):
     def __init__(
         self,
         path: str,
-        reading: Literal["wise", "memit"] = "wise",
+        reading: Literal["alt", "answers"] = "alt",
         nq_prefix: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(path, **kwargs)
-        if reading not in ("wise", "memit"):
-            raise ValueError(f"reading is {reading!r}; use 'wise' or 'memit'")
+        if reading not in ("alt", "answers"):
+            raise ValueError(f"reading is {reading!r}; use 'alt' or 'answers'")
         self.reading, self.nq_prefix = reading, nq_prefix
 
     @classmethod
@@ -71,7 +71,7 @@ class ZsRE(RecordModule):
     def parse(self, record: Record) -> Sequence[Draft]:
         """Read one row."""
         aliases: tuple[str, ...] = ()
-        if self.reading == "memit":
+        if self.reading == "answers":
             true, *more = right_answers(record.get("answers"), "answers") or ("",)
             if not true:
                 raise BadRowError("missing field", "field 'answers' holds no answer")
@@ -85,4 +85,4 @@ class ZsRE(RecordModule):
         if probe.kind != "locality":
             return probe
         prompt = probe.prompt if self.nq_prefix else probe.prompt.removeprefix(NQ)
-        return replace(probe, prompt=prompt + "?" * (self.reading == "memit"))
+        return replace(probe, prompt=prompt + "?" * (self.reading == "answers"))

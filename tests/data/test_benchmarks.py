@@ -70,18 +70,20 @@ def test_zsre_as_wise_reads_it(write):
 
 
 def test_zsre_as_memit_reads_it(write):
-    data = loaded(ZsRE, write({**ZSRE, "alt": ""}), reading="memit")
+    data = loaded(ZsRE, write({**ZSRE, "alt": ""}), reading="answers")
     assert data.edits[0].target == "Lima"
     assert {p.target for p in data.probes if p.kind in ("reliability", "generalization")} == {
         "Lima"
     }
     assert asked(data, "rival", "aliases", kind="reliability") == [(None, ("Limas",))]
     assert asked(data, "prompt", kind="locality") == [("nq question: who sang it?",)]
-    reason, detail = refusal(lambda p: ZsRE(p, reading="memit"), write({**ZSRE, "answers": [" "]}))
+    reason, detail = refusal(
+        lambda p: ZsRE(p, reading="answers"), write({**ZSRE, "answers": [" "]})
+    )
     assert (reason, detail) == ("missing field", "field 'answers' holds no answer")
 
 
-@pytest.mark.parametrize(("reading", "end"), [("wise", ""), ("memit", "?")])
+@pytest.mark.parametrize(("reading", "end"), [("alt", ""), ("answers", "?")])
 def test_the_words_in_front_of_a_natural_question_can_be_left_out(write, reading, end):
     data = loaded(ZsRE, write(ZSRE), reading=reading, nq_prefix=False)
     assert asked(data, "prompt", kind="locality") == [(f"who sang it{end}",)]

@@ -193,7 +193,7 @@ def test_zsre_contradictions_in_other_wordings(published):
 
 def test_zsre_as_memit_reads_it(shared):
     path = shared("data/zsre/zsre_mend_edit.json")
-    data = ZsRE(path, reading="memit")
+    data = ZsRE(path, reading="answers")
     data.setup()
     raw = json.loads(path.read_text(encoding="utf-8"))
     assert [edit.target for edit in data.edits] == [row["answers"][0].strip() for row in raw]

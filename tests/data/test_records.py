@@ -294,7 +294,7 @@ def test_a_second_setup_reads_and_logs_no_second_time(write, caplog):
         ({"on_bad_row": "raise"}, "'raise'; use 'error' or 'skip'"),
         ({"contradictions": "keep"}, "'keep'; use 'update', 'ask' or 'refuse'"),
         ({"train_rephrases": -1}, "train_rephrases is -1"),
-        ({"reading": "mend"}, "'mend'; use 'wise' or 'memit'"),
+        ({"reading": "mend"}, "'mend'; use 'alt' or 'answers'"),
     ],
 )
 def test_wrong_arguments_are_quoted(kwargs, message):

@@ -43,7 +43,7 @@ def test_each_yaml_begins_with_what_it_is(path):
 def test_a_misspelt_option_of_a_data_set_is_named(capsys):
     path = ROOT / "experiments/data/zsre.yaml"
     args = ["fit", "--model=editkit.methods.ft.FT", "--model.lm.id=x", f"--data={path}"]
-    assert main([*args, "--data.readings=memit"]) == 2
+    assert main([*args, "--data.readings=answers"]) == 2
     assert "'readings' is not accepted by editkit.data.zsre.ZsRE" in capsys.readouterr().err
 
 
