@@ -18,7 +18,6 @@ from rich.console import Console
 from editkit.callbacks.devices import ToldToEnd, one_end
 from editkit.callbacks.progress import EditProgress
 from editkit.metrics.protocol import EvalProtocol
-from editkit.report.page import write_report
 from editkit.retention.afterwards import ARM_OF
 from editkit.retention.answers import DONE
 from editkit.retention.arms import (
@@ -37,6 +36,7 @@ from editkit.retention.settings import Settings, parser
 from editkit.retention.shared import control_name, known_answers, sole
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
+from editkit.trainer_cli import report
 
 ITEMS, CONFIG, SUMMARY = "probes.jsonl", "config.yaml", "summary.json"
 
@@ -112,7 +112,7 @@ class Retention:
         if _is_first():
             write_result(self)
             if self.config.report:
-                _report(self.run.folder)
+                report(self.run.folder)
             Console().print(shown(self.folder), highlight=False)
         return self.folder
 
@@ -233,15 +233,3 @@ def quiet() -> None:
 def _is_first() -> bool:
     """Whether this process writes: the first of several devices, or the only one."""
     return int(getattr(rank_zero_only, "rank", 0) or 0) == 0
-
-
-def _report(folder: Path) -> None:
-    """Draw the run's page anew, with its retention; where that fails, the results stay."""
-    try:
-        path = write_report([folder])
-    except (ValueError, LookupError, TypeError, OSError, ImportError, RuntimeError) as error:
-        sys.stderr.write(
-            f"editkit: no report.html ({error}); `editkit report {folder}` says more\n"
-        )
-    else:
-        Console().print(f"report: {path}", highlight=False, soft_wrap=True)
