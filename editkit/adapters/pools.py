@@ -142,14 +142,8 @@ class Pools(nn.Module):
         width = delta_DC.shape[1]
         if columns_C is None:
             columns_C = torch.arange(width, device=delta_DC.device)
-        wider = max(0, width - self.width)  # the others are padded with zeros
-        short = max(0, self.width - width)
-        self.deltas.data = torch.cat(
-            [F.pad(self.deltas.data, (0, wider)), F.pad(delta_DC, (0, short))[None]]
-        )
-        self.columns_PC = torch.cat(
-            [F.pad(self.columns_PC, (0, wider)), F.pad(columns_C, (0, short))[None]]
-        )
+        self.deltas.data = _appended(self.deltas.data, delta_DC)
+        self.columns_PC = _appended(self.columns_PC, columns_C)
         self.floor_P = F.pad(self.floor_P, (0, 1), value=torch.inf)
         self.typical_P = F.pad(self.typical_P, (0, 1), value=torch.inf)
         self.outer_P = F.pad(self.outer_P, (0, 1))
@@ -162,13 +156,14 @@ class Pools(nn.Module):
 
     def dense(self, pools: list[int]) -> Tensor:
         """Return the changes of some pools at all inputs, fp32 [len(pools), D, F]."""
-        deltas_PDC = self.deltas.detach()[pools]
+        return self.spread(self.deltas.detach()[pools], self.columns_PC[pools])
+
+    def spread(self, deltas_PDC: Tensor, columns_PC: Tensor) -> Tensor:
+        """Return changes of some inputs, of pools or not, at all inputs [P, D, F]."""
         if self.is_whole:
             return deltas_PDC
         blank = deltas_PDC.new_zeros(*deltas_PDC.shape[:2], self.inputs)
-        return blank.scatter_add(
-            2, self.columns_PC[pools][:, None].expand_as(deltas_PDC), deltas_PDC
-        )
+        return blank.scatter_add(2, columns_PC[:, None].expand_as(deltas_PDC), deltas_PDC)
 
     def drop(self, pools: list[int]) -> None:
         """Forget some pools and the edits that live in them."""
@@ -224,16 +219,18 @@ class Pools(nn.Module):
         across_PSC = torch.einsum("sd,pdc->psc", self.draw_SD, deltas_PDC)
         inward_PCS = torch.linalg.qr(across_PSC.transpose(1, 2)).Q
         outward_PDS = torch.linalg.qr(deltas_PDC @ inward_PCS).Q
-        block_PSC: Tensor = outward_PDS.transpose(1, 2) @ deltas_PDC
-        if self.is_whole:
-            return block_PSC
-        index_PSC = self.columns_PC[first:last][:, None].expand_as(block_PSC)
-        return block_PSC.new_zeros(*block_PSC.shape[:2], self.inputs).scatter_add(
-            2, index_PSC, block_PSC
-        )
+        return self.spread(outward_PDS.transpose(1, 2) @ deltas_PDC, self.columns_PC[first:last])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept pools that have come and gone since."""
         fit_to(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.sketch_PSF = self._sketched(0, len(self))
+
+
+def _appended(table_PxC: Tensor, row_xC: Tensor) -> Tensor:
+    """Return a table with one more row; the narrower of the two is padded with zeros."""
+    more = row_xC.shape[-1] - table_PxC.shape[-1]
+    if more > 0:  # only then: padding copies all there is
+        table_PxC = F.pad(table_PxC, (0, more))
+    return torch.cat([table_PxC, F.pad(row_xC, (0, max(0, -more)))[None]])

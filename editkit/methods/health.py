@@ -218,10 +218,10 @@ class Health:
     def _update(self) -> None:
         """Score new edits in all pools, and all edits in new pools."""
         names = self.memory.pools.name_P.tolist()
-        known = [i for i in self.edits if i in self.kept]
-        new = [i for i in self.kept if i not in set(self.edits)]
-        place = {name: p for p, name in enumerate(self.names)}
         row = {i: e for e, i in enumerate(self.edits)}
+        known = [i for i in self.edits if i in self.kept]
+        new = [i for i in self.kept if i not in row]
+        place = {name: p for p, name in enumerate(self.names)}
         fresh = [p for p, name in enumerate(names) if name not in place]
         stays = [p for p, name in enumerate(names) if name in place]
         shape = len(known) + len(new), len(names)
@@ -234,11 +234,11 @@ class Health:
         if known and fresh:
             score_EP[: len(known), fresh] = self._scores(known, fresh)
         if new and names:
-            score_EP[len(known) :] = self._scores(new, list(range(len(names))))
+            score_EP[len(known) :] = self._scores(new)
         self.score_EP, self.edits, self.names = score_EP, known + new, names
 
-    def _scores(self, ids: list[int], pools: list[int]) -> Tensor:
-        """Score edits in pools, from those tokens of their prompts that scores look at."""
+    def _scores(self, ids: list[int], pools: list[int] | None = None) -> Tensor:
+        """Score edits in pools or all, from those tokens of their prompts that scores look at."""
         if self.memory.routing.over != "last":
             rows = self._rows(ids)
             return self.memory.scores(rows.inputs_BTF, rows.tokens.prompt_BT, pools)

@@ -208,33 +208,19 @@ class Mask:
 
 def merged(
     pools: Pools,
-    chosen: list[int],
+    changes: list[tuple[Tensor, Tensor]],
     weights_S: Tensor | None,
     keep: float,
     conflict: Literal["elect", "winner"] = "elect",
 ) -> tuple[Tensor, Tensor]:
-    """Merge pools by TIES; return the change and the inputs that it keeps.
+    """Merge changes by TIES, each with the inputs that it keeps; return one in the same form.
 
-    Inputs that no pool has written are left out, so the share that TIES keeps of a change is
+    Inputs that no change has written are left out, so the share that TIES keeps of a change is
     counted in all of the matrix.
     """
-    deltas_SDF = pools.dense(chosen)
+    deltas_SDF = torch.cat([pools.spread(d_DC[None], c_C[None]) for d_DC, c_C in changes])
     if pools.is_whole:
-        return ties_merge(deltas_SDF, weights_S, keep, conflict), pools.columns_PC[chosen[0]]
+        return ties_merge(deltas_SDF, weights_S, keep, conflict), changes[0][1]
     columns_C = deltas_SDF.any(1).any(0).nonzero()[:, 0]
     share = min(1.0, keep * deltas_SDF.shape[2] / max(1, len(columns_C)))
     return ties_merge(deltas_SDF[..., columns_C], weights_S, share, conflict), columns_C
-
-
-def merged_apart(
-    pools: Pools,
-    changes: list[tuple[Tensor, Tensor]],
-    weights_S: Tensor,
-    keep: float,
-    conflict: Literal["elect", "winner"],
-) -> tuple[Tensor, Tensor]:
-    """Merge changes that are no pools, each with the inputs that it keeps, as `merged` does."""
-    chosen = [pools.append(*change) for change in changes]
-    found = merged(pools, chosen, weights_S, keep, conflict)
-    pools.drop(chosen)
-    return found

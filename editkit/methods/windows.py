@@ -17,7 +17,7 @@ from editkit.functional.merge import loss_weights
 from editkit.lm.rows import adds_up
 from editkit.methods.health import Found, Health
 from editkit.methods.shard_training import Fit
-from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged_apart
+from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged
 from editkit.methods.wise import WISE
 from editkit.methods.wordings import as_asked, expanded
 
@@ -196,7 +196,7 @@ class Windowed(WISE):
         changes = [(fit.delta_DC, mask.columns_C) for _, fit, mask in found]
         weights_S = loss_weights(losses_S, self.merge.alpha)
         pools, keep = self.memory.pools, self.shards.keep
-        change = merged_apart(pools, changes, weights_S, keep, self.merge.conflict)
+        change = merged(pools, changes, weights_S, keep, self.merge.conflict)
         pool = self.memory.write(None, *change)
         pools.open_P[pool] = False
         pools.house([i for members, _, _ in found for i in members], pool)

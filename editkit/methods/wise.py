@@ -165,7 +165,8 @@ class WISE(SideEdit):
         shards = list(range(first, first + self.unmerged))
         old = [] if self.shards.retrieve or first == 0 else [0]
         weights_S = torch.tensor([NEW / len(shards)] * len(shards) + [OLD]) if old else None
-        delta_DC, columns_C = merged(pools, shards + old, weights_S, keep)
+        changes = [(pools.deltas.detach()[p], pools.columns_PC[p]) for p in shards + old]
+        delta_DC, columns_C = merged(pools, changes, weights_S, keep)
         members = [i for p in old + shards for i in pools.members(p)]
         floor, typical = pools.floor_P[shards + old].min(), pools.typical_P[shards + old].mean()
         new = self.memory.write(None, delta_DC, columns_C)
