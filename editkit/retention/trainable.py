@@ -6,7 +6,7 @@ is shown the linear layers alone, so that edit layers of its own kind stay as th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Literal
 
@@ -29,15 +29,18 @@ class Freeze:
 
     Args:
         policy: `modules`: the edited matrices; `blocks`: the blocks that hold them; `prefix`: every
-            block up to the last edited one; `random`: as many blocks as are edited, drawn by the
-            seed, a control; `others`: all but the edited blocks, an attack.
+            block up to the last edited one; `random`: as much as `like` freezes, elsewhere, a
+            control; `others`: all but the edited blocks, an attack.
         embeddings: Freeze the embeddings, too; with tied weights that is the head as well.
-        seed: Seed of the random blocks.
+        seed: Seed of what is drawn at random.
+        like: What `random` is the control of: for `modules` as many matrices of the same size
+            without an edit, for `blocks` and `prefix` as many blocks, others first.
     """
 
     policy: Policy = "none"
     embeddings: bool = False
     seed: int = 0
+    like: Literal["modules", "blocks", "prefix"] = "blocks"
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,47 @@ def frozen_blocks(lm: EditableLM, freeze: Freeze) -> list[int]:
         return [*range(max(edited) + 1)]
     if freeze.policy == "others":
         return [block for block in every if block not in edited]
-    if freeze.policy == "random":
-        rng = Random(f"freeze {freeze.seed}")
-        while len(edited) < len(every) and (
-            (drawn := sorted(rng.sample(every, len(edited)))) == edited
-        ):
-            pass
-        return edited if len(edited) == len(every) else drawn
+    if freeze.policy == "random" and freeze.like != "modules":
+        rng, taken = Random(f"freeze {freeze.seed}"), frozen_blocks(lm, _model_of(freeze))
+        others = [block for block in every if block not in taken]
+        if not others:
+            raise ValueError(
+                f"freeze.like is {freeze.like!r}, which freezes all {len(taken)} blocks here: "
+                "nothing else is left to draw; use modules"
+            )
+        drawn = rng.sample(others, min(len(taken), len(others)))
+        return sorted(drawn + rng.sample(taken, len(taken) - len(drawn)))
     return []
+
+
+def frozen_matrices(lm: EditableLM, freeze: Freeze) -> list[Site]:
+    """Return the matrices that a policy freezes by themselves."""
+    if freeze.policy == "modules":
+        return [site for site in lm.sites if site.path in lm.layers]
+    if freeze.policy != "random" or freeze.like != "modules":
+        return []
+    rng, drawn = Random(f"freeze {freeze.seed}"), list[Site]()
+    for edited in frozen_matrices(lm, _model_of(freeze)):
+        size = edited.in_features * edited.out_features
+        free = [
+            site
+            for site in lm.sites
+            if site.in_features * site.out_features == size
+            and site.path not in lm.layers
+            and site not in drawn
+        ]
+        if not free:
+            raise ValueError(
+                f"freeze.like is 'modules': no matrix as large as {edited.path} is left without an "
+                "edit; use blocks"
+            )
+        drawn.append(rng.choice(free))
+    return drawn
+
+
+def _model_of(control: Freeze) -> Freeze:
+    """Return the policy that a random one is the control of."""
+    return replace(control, policy=control.like)
 
 
 def choose_trainable(
@@ -129,8 +165,7 @@ def choose_trainable(
 def _frozen(lm: EditableLM, freeze: Freeze) -> set[int]:
     """Return the ids of the parameters that a policy freezes."""
     modules: list[nn.Module] = [lm.blocks[i] for i in frozen_blocks(lm, freeze)]
-    if freeze.policy == "modules":
-        modules += [layer.base_layer for layer in lm.layers.values()]
+    modules += [linear_at(lm, site) for site in frozen_matrices(lm, freeze)]
     if freeze.embeddings:
         modules.append(lm.model.get_input_embeddings())
     return {id(p) for module in modules for p in module.parameters()}

@@ -11,6 +11,7 @@ from editkit.retention.trainable import (
     choose_trainable,
     edited_blocks,
     frozen_blocks,
+    frozen_matrices,
 )
 
 SMALL = Adapter(r=2, alpha=4.0)
@@ -76,6 +77,30 @@ def test_policies_freeze_the_blocks_they_name(tiny, edits):
     drawn = [frozen_blocks(lm, Freeze("random", seed=s)) for s in range(20)]
     assert all(len(one) == 1 and one != [1] for one in drawn)
     assert len({tuple(one) for one in drawn}) == 3
+
+
+def test_random_freezing_is_the_control_of_a_policy(tiny, edits):
+    lm = edited_model(tiny, "llama", edits, layer=1).lm
+    size = {n: p.numel() for n, p in lm.model.named_parameters()}
+    draws = set()
+    for seed in range(20):
+        (site,) = frozen_matrices(lm, Freeze("random", seed=seed, like="modules"))
+        assert site.path not in lm.layers
+        assert size[f"{site.path}.weight"] == size["model.layers.1.mlp.down_proj.base_layer.weight"]
+        draws.add(site.path)
+    assert len(draws) > 5
+    for seed in range(5):
+        assert frozen_blocks(lm, Freeze("random", seed=seed, like="prefix")) == [2, 3]
+    control = Freeze("random", seed=3, like="modules")
+    trained = choose_trainable(lm, "full", "backbone", control, SMALL, seed=0)
+    assert "model.layers.1.mlp.down_proj.base_layer.weight" in trained
+    assert f"{frozen_matrices(lm, control)[0].path}.weight" not in trained
+
+
+def test_a_control_that_cannot_be_drawn_says_so(tiny, edits):
+    lm = edited_model(tiny, "llama", edits, layer=3).lm
+    with pytest.raises(ValueError, match=r"freeze\.like is 'prefix'.* all 4 blocks"):
+        choose_trainable(lm, "full", "backbone", Freeze("random", like="prefix"), SMALL, seed=0)
 
 
 @pytest.mark.parametrize(
