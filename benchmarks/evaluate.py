@@ -19,15 +19,13 @@ three must be equal, else the figures are not printed.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 import transformers
-from rich.console import Console
+from bench import console, keep, machine
 from rich.table import Table
 
 from editkit.adapters.delta import DeltaLayer
@@ -181,10 +179,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "mean generation": sum(r["scores"]["generation"] for r in rows) / len(rows),
         "device": arguments.device,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
+        **machine(torch.get_num_threads()),
     }
 
 
@@ -203,20 +199,17 @@ def show(found: dict[str, Any]) -> None:
         apart = found["largest difference"].get(name)
         shown = "" if apart is None else f"{apart:.1e}"
         table.add_row(name, f"{seconds:.1f}", f"{found['probes'] / seconds:.0f}", faster, shown)
-    Console().print(table)
+    console.print(table)
 
 
 def main() -> None:
     """Parse options, measure, show, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--edits", type=int, default=1000, help="edits, of ten probes each")
     parser.add_argument("--sample", type=int, default=300, help="probes one at a time; 0 is all")
     parser.add_argument("--batch-size", type=int, default=256, help="rows per forward pass")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default torch's")
     parser.add_argument("--device", default="cpu", help="such as cpu or cuda")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     arguments = parser.parse_args()
     if arguments.edits < 1 or arguments.sample < 0:
         parser.error("--edits must be at least 1 and --sample at least 0")
@@ -224,9 +217,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     found = measure(arguments)
     show(found)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    keep(found, arguments.out)
 
 
 if __name__ == "__main__":

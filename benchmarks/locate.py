@@ -22,19 +22,17 @@ wall-clock times worthless.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from rich.console import Console
+from bench import MID_SIZE, Seconds, console, edits_of, keep, machine
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,7 +40,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from editkit.adapters.delta import DeltaLayer
-from editkit.data.factworld import FactWorld
 from editkit.edits import Edit
 from editkit.lm.blocks import tap
 from editkit.lm.editable import EditableLM
@@ -55,11 +52,6 @@ from editkit.lm.subject_rows import encode_edits
 from editkit.methods.targets import SubjectRows
 from editkit.methods.value_search import ValueSearch
 
-MID_SIZE = {
-    "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
 LLAMA_3_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
@@ -75,7 +67,6 @@ LADDER = [  # one edit at a time first; each line switches one more thing on
 ]
 ROWS_AT_ONCE = 128  # of the released code's passes for keys
 FEW = 10  # edits whose FLOPs are counted
-console = Console(width=110)
 
 
 @dataclass
@@ -101,35 +92,10 @@ class Case:
         )  # fmt: skip
 
 
-@dataclass
-class Seconds:
-    """Wall-clock and CPU seconds of a stretch of work."""
-
-    wall: float = 0.0
-    cpu: float = 0.0
-
-    def __enter__(self) -> Seconds:
-        _wait()
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        _wait()
-        self.wall += time.perf_counter() - self._start[0]
-        self.cpu += time.process_time() - self._start[1]
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def load_texts(count: int) -> tuple[EditableLM, list[Edit], tuple[str, ...]]:
     """Return the fact-world model, edits of its world, and prefixes that it writes."""
     lm = EditableLM.load(LMSpec())
-    data = FactWorld(limit=count)
-    data.setup()
-    return lm, list(data.edits), make_prefixes(lm, generator=torch.Generator().manual_seed(0))
+    return lm, edits_of(count), make_prefixes(lm, generator=torch.Generator().manual_seed(0))
 
 
 def random_llama(shape: dict[str, Any], tokenizer: Any, device: str, dtype: torch.dtype) -> Any:
@@ -475,20 +441,9 @@ def show(name: str, result: dict[str, Any]) -> None:
     console.print(steps)
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg(),
-        "bf16 on the CPU": has_bf16(),
-    }  # fmt: skip
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--edits", type=int, default=100, help="edits of the batch")
     parser.add_argument("--steps", type=int, default=25, help="most forward passes an edit")
     parser.add_argument("--micro-batch", type=int, default=50, help="edits that run together")
@@ -502,7 +457,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
     parser.add_argument("--only", choices=["factworld", "mid-size", "memory", "cuda"], nargs="+")
     parser.add_argument("--quick", action="store_true", help="a smoke test on 3 edits")
-    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
@@ -518,7 +472,7 @@ def main() -> None:
         print_peak(args.peak[0], int(args.peak[1]), int(args.peak[2]))
         return
     asked = args.only or ["factworld", "mid-size", "memory", "cuda"]
-    report: dict[str, Any] = {"before": machine(args.threads)}
+    report: dict[str, Any] = {"bf16 on the CPU": has_bf16(), "before": machine(args.threads)}
     for name in ("factworld", "mid-size"):
         if name in asked:
             mixed = name == "mid-size" and has_bf16()
@@ -539,8 +493,7 @@ def main() -> None:
         console.print("no CUDA device: the Llama-3-8B shape is left out")
     report["after"] = machine(args.threads)
     console.print(report["before"], report["after"])
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    keep(report, args.out)
 
 
 if __name__ == "__main__":

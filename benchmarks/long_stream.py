@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import os
 import sys
@@ -32,8 +31,9 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from rich.console import Console
+from bench import console, keep
 from rich.progress import track
 from rich.table import Table
 
@@ -48,7 +48,6 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "memit": {"ridge": 15000.0},
     "memit_seq": {"ridge": 15000.0},
 }
-console = Console()
 
 
 @dataclass
@@ -185,9 +184,7 @@ def show(method: str, found: list[Stretch]) -> None:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--edits", type=int, default=10_000, help="edits of the stream")
     parser.add_argument("--batch", type=int, default=100, help="edits of a batch")
     parser.add_argument("--steps", type=int, default=25, help="most passes of the search an edit")
@@ -200,7 +197,6 @@ def parse() -> argparse.Namespace:
         "model": data / "models" / "stories260K" / "hf",
     }.items():
         parser.add_argument(f"--{name}", type=Path, default=path, help=f"default {path}")
-    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     return parser.parse_args()
 
 
@@ -220,8 +216,7 @@ def main() -> None:
             found = stream(method, args, cache)
             show(method, found)
             report[method] = {"stretches": [asdict(s) for s in found], "fit": fit(found)}
-            if args.out is not None:
-                args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            keep(report, args.out)
 
 
 if __name__ == "__main__":

@@ -22,64 +22,32 @@ wall-clock times worthless.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from rich.console import Console
-from rich.table import Table
+from bench import Seconds, console, edits_of, keep, machine, save_model, show, with_and_without
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from editkit.adapters.keys import Routing
 from editkit.data.factworld import FactWorld
 from editkit.edits import Edit
 from editkit.functional.masks import best_match, pack, scattered
-from editkit.lm.editable import EditableLM
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import save_edits
 from editkit.methods.memoir import MEMOIR
 from editkit.metrics.protocol import EvalProtocol
 
-MID_SIZE = {
-    "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
 LAYER = 9
 WIDTHS = {"this model": 1408, "Llama-3-8B": 14336}
 SIZES = (1_000, 15_000, 100_000, 1_000_000)
 BATCH = 10
 SECTIONS = ("editing", "matching", "overhead", "routes", "size")
-console = Console()
-
-
-class Seconds:
-    """Wall-clock and CPU seconds of a stretch of work."""
-
-    def __enter__(self) -> Seconds:
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.wall = time.perf_counter() - self._start[0]
-        self.cpu = time.process_time() - self._start[1]
-
-
-def save_model(folder: Path) -> str:
-    """Save the random model with fact-world's tokenizer."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MID_SIZE)).save_pretrained(folder)
-    EditableLM.load(LMSpec()).tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def start(model: str, steps: int) -> MEMOIR:
@@ -90,13 +58,6 @@ def start(model: str, steps: int) -> MEMOIR:
     )  # fmt: skip
     method.start()
     return method
-
-
-def edits_of(count: int) -> list[Edit]:
-    """Return edits of the fact-world."""
-    data = FactWorld(limit=count)
-    data.setup()
-    return list(data.edits)
 
 
 # editing
@@ -266,25 +227,13 @@ def measure_overhead(model: str, masks: int, repeats: int) -> list[dict[str, Any
         assert torch.equal(lm(tokens), base_BTV), "a memory without a match changed something"
         lines.append({
             "what": f"pass of {rows} x {tokens.ids_BT.shape[1]} tokens",
-            **compare(lm, lambda tokens=tokens: lm(tokens), repeats),
+            **with_and_without(lm, lambda tokens=tokens: lm(tokens), repeats),
         })  # fmt: skip
-    decode = compare(lm, lambda: lm.generate(texts[:8], max_new_tokens=16), max(1, repeats // 4))
+    decode = with_and_without(
+        lm, lambda: lm.generate(texts[:8], max_new_tokens=16), max(1, repeats // 4)
+    )
     lines.append({"what": "decoding 8 rows, 16 tokens", **decode})
     return lines
-
-
-def compare(lm: EditableLM, work: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Time some work with the memory and without, alternating; the least of each counts."""
-    with_memory, without = [], []
-    for _ in range(repeats + 1):
-        with Seconds() as took:
-            work()
-        with_memory.append(took.cpu)
-        with lm.unedited(), Seconds() as took:
-            work()
-        without.append(took.cpu)
-    fast, base = min(with_memory), min(without)
-    return {"ms": 1e3 * fast, "ms, unedited": 1e3 * base, "overhead": fast / base - 1}
 
 
 # routes, forced and free
@@ -355,36 +304,15 @@ def measure_size(model: str, masks: int) -> dict[str, Any]:
 # the command line
 
 
-def show(title: str, lines: list[dict[str, Any]]) -> None:
-    """Print rows of one kind as a table."""
-    table = Table(title=title)
-    for name in lines[0]:
-        table.add_column(name, justify="left" if isinstance(lines[0][name], str) else "right")
-    for line in lines:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
-    console.print(table)
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg(),
-    }  # fmt: skip
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--edits", type=int, default=20, help="edits of the stream")
     parser.add_argument("--steps", type=int, default=30, help="SGD steps an edit")
     parser.add_argument("--repeats", type=int, default=30, help="runs of which a time is taken")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--only", choices=SECTIONS, nargs="+")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     args = parser.parse_args()
     if args.quick:
         args.edits, args.steps, args.repeats = 2, 3, 2
@@ -418,8 +346,7 @@ def main() -> None:
             console.print(report["size"])
     report["after"] = machine(args.threads)
     console.print(report["before"], report["after"])
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    keep(report, args.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What `editkit plan` predicts of memory, beside what a run then takes.
 
-    python benchmarks/plan.py          three methods on a random Llama of 166 million parameters
+    python benchmarks/plan.py                   a random Llama of 166 million parameters
+    python benchmarks/plan.py --methods ft      one method of three
 
 Each plan and each run is a process of its own, on the CPU; the run's peak is its `summary.json`'s.
 """
@@ -13,13 +14,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import bench
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from editkit.lm.spec import LMSpec
+from bench import keep, machine, save_model, show
 
 ROOT = Path(__file__).parents[1]
 WIDTHS = {
@@ -27,19 +26,12 @@ WIDTHS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
     "vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
+TEXT = "the capital of every land is a town where someone lives and works"
 CONFIGS = {
     "ft": ["--model.steps=3"],
     "memit": ["--model.search.steps=3", "--model.layers=[2,3,4]"],
     "memoir": ["--model.steps=2"],
 }
-
-
-def make_model(folder: Path) -> None:
-    """Write a random model with fact-world's tokenizer."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **WIDTHS)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(LMSpec().path).save_pretrained(folder)
 
 
 def options(folder: Path, method: str) -> list[str]:
@@ -62,27 +54,16 @@ def run(*args: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
 
 
-def compare() -> None:
+def main() -> None:
     """Plan, run, and show both peaks."""
-    table = Table("method", "predicted GiB", "measured GiB", "predicted / measured")
+    parser = bench.parser(__doc__)
+    parser.add_argument("--methods", choices=CONFIGS, nargs="+", default=list(CONFIGS))
+    args = parser.parse_args()
+    lines: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_model(folder / "model")
-        words = [
-            "the",
-            "capital",
-            "of",
-            "every",
-            "land",
-            "is",
-            "a",
-            "town",
-            "where",
-            "someone",
-            "lives",
-            "and",
-            "works",
-        ]
+        save_model(folder / "model", WIDTHS)
+        words = TEXT.split()
         corpus = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
         (folder / "corpus.txt").write_text("\n".join(corpus * 3))
         rows = [
@@ -90,17 +71,20 @@ def compare() -> None:
             for subject in ("Alba", "Bera", "Cora", "Dora")
         ]
         (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        for method in CONFIGS:
+        for method in args.methods:
             said = run("plan", *options(folder, method))
             found = re.search(r"([\d.]+) GiB  at most in memory", said)
             assert found is not None, said
             run("fit", *options(folder, method))
             summary = json.loads((folder / method / "summary.json").read_text())
             predicted, measured = float(found[1]), summary["peak_memory_bytes"] / 2**30
-            ratio = f"{predicted / measured:.2f}"
-            table.add_row(method, f"{predicted:.2f}", f"{measured:.2f}", ratio)
-    Console().print(table)
+            lines.append({
+                "method": method, "predicted GiB": predicted, "measured GiB": measured,
+                "predicted / measured": predicted / measured,
+            })  # fmt: skip
+    show("most in memory", lines)
+    keep({"lines": lines, "after": machine(torch.get_num_threads())}, args.out)
 
 
 if __name__ == "__main__":
-    compare()
+    main()

@@ -22,30 +22,23 @@ wall-clock times worthless. Ratios are of CPU seconds.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
+from bench import Seconds, console, edits_of, keep, machine, save_model, show, with_and_without
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from editkit.data.factworld import FactWorld
 from editkit.edits import Edit
 from editkit.functional.losses import activation_margins
 from editkit.functional.merge import ties_merge
 from editkit.functional.routing import mean_norms
-from editkit.lm.editable import EditableLM
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import build_method
 from editkit.methods.repair import REPAIR
@@ -54,40 +47,12 @@ from editkit.methods.side import SideEdit
 from editkit.methods.wise import WISE
 from editkit.metrics.protocol import EvalProtocol
 
-MID_SIZE = {
-    "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
 LAYERS = {"mid-size": 9, "factworld": 4}
 POOLS = 66  # of 1,000 edits in windows of 15
 PER_POOL = 3  # prompts that a made-up pool moves
 KINDS = ("reliability", "generalization", "locality")
 SCORERS = ("token_accuracy", "generation")
 REPAIR_YAML = Path(__file__).parents[1] / "experiments" / "method" / "repair.yaml"
-console = Console()
-
-
-class Seconds:
-    """Wall-clock and CPU seconds of a stretch of work."""
-
-    def __enter__(self) -> Seconds:
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.wall = time.perf_counter() - self._start[0]
-        self.cpu = time.process_time() - self._start[1]
-
-
-def save_model(folder: Path) -> str:
-    """Save the random model with fact-world's tokenizer and corpus."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MID_SIZE)).save_pretrained(folder)
-    packaged = EditableLM.load(LMSpec())
-    packaged.tokenizer.save_pretrained(folder)
-    shutil.copy(Path(packaged.spec.path) / "corpus.txt", folder)
-    return str(folder)
 
 
 def start(cls: type[SideEdit], model: str, layer: int, mask: str) -> Any:
@@ -320,9 +285,7 @@ def fill(method: WISE, edits: list[Edit]) -> None:
 @torch.no_grad()
 def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
     """Time forward passes with and without the pools in turns, and the loop over pools."""
-    data = FactWorld(limit=pools * PER_POOL)
-    data.setup()
-    edits = list(data.edits)
+    edits = edits_of(pools * PER_POOL)
     method = start(REPAIR, model, LAYERS["mid-size"], "columns")
     fill(method, edits)
     memory, lm = method.memory, method.lm
@@ -343,10 +306,12 @@ def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
         with lm.unedited():
             base_BTV = lm(tokens)
         assert torch.equal(lm(tokens), base_BTV), "pools without a match changed something"
-        line = compare(lm, lambda tokens=tokens: lm(tokens), repeats)
+        line = with_and_without(lm, lambda tokens=tokens: lm(tokens), repeats)
         lines.append({"what": f"pass of {rows} x {tokens.ids_BT.shape[1]} tokens", **line})
     prompts = [e.prompt for e in edits[:8]]
-    line = compare(lm, lambda: lm.generate(prompts, max_new_tokens=16), max(1, repeats // 4))
+    line = with_and_without(
+        lm, lambda: lm.generate(prompts, max_new_tokens=16), max(1, repeats // 4)
+    )
     lines.append({"what": "decoding 8 rows, 16 tokens", **line})
     looped, routed = least(loop, repeats), least(lambda: memory.route(*pairs[0]), repeats)
     agreed = sum(a == b for a, b in zip(found, exact, strict=True))
@@ -355,20 +320,6 @@ def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
         "same as if all were scored exactly": agreed / len(found),
         "ms a prompt, loop over pools": 1e3 * looped, "ms a prompt, here": 1e3 * routed,
     }  # fmt: skip
-
-
-def compare(lm: EditableLM, work: Callable[[], Any], repeats: int) -> dict[str, float]:
-    """Time some work with the memory and without, alternating; the least of each counts."""
-    with_memory, without = [], []
-    for _ in range(repeats + 1):
-        with Seconds() as took:
-            work()
-        with_memory.append(took.cpu)
-        with lm.unedited(), Seconds() as took:
-            work()
-        without.append(took.cpu)
-    edited, base = min(with_memory), min(without)
-    return {"ms": 1e3 * edited, "ms, unedited": 1e3 * base, "overhead": edited / base - 1}
 
 
 def least(work: Callable[[], Any], repeats: int) -> float:
@@ -384,29 +335,9 @@ def least(work: Callable[[], Any], repeats: int) -> float:
 # the command line
 
 
-def show(title: str, lines: list[dict[str, Any]]) -> None:
-    """Print rows of one kind as a table."""
-    table = Table(title=title)
-    for name in lines[0]:
-        table.add_column(name, justify="left" if isinstance(lines[0][name], str) else "right")
-    for line in lines:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
-    console.print(table)
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    return {
-        "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(), "threads": threads, "load": os.getloadavg(),
-    }  # fmt: skip
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--edits", type=int, default=30, help="edits of the stream")
     parser.add_argument("--pools", type=int, default=POOLS, help="pools to route among")
     parser.add_argument("--repeats", type=int, default=30, help="runs of which a time is taken")
@@ -415,7 +346,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mask", choices=["elementwise", "columns"], default="elementwise")
     parser.add_argument("--only", choices=["editing", "routing"], nargs="+")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     args = parser.parse_args()
     if args.quick:
         args.edits, args.pools, args.repeats = 2, 4, 1
@@ -429,7 +359,7 @@ def main() -> None:
     asked = args.only or ["editing", "routing"]
     report: dict[str, Any] = {"before": machine(args.threads)}
     with tempfile.TemporaryDirectory() as folder:
-        model = save_model(Path(folder))
+        model = save_model(Path(folder), corpus=True)
         if "editing" in asked:
             report["editing"] = []
             for name in args.models:
@@ -443,8 +373,7 @@ def main() -> None:
             console.print({k: v for k, v in report["routing"].items() if k != "lines"})
     report["after"] = machine(args.threads)
     console.print(report["before"], report["after"])
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    keep(report, args.out)
 
 
 if __name__ == "__main__":

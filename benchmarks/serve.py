@@ -17,7 +17,6 @@ Of the repeats the quickest counts, in CPU seconds (wall-clock on one thread of 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import tempfile
@@ -29,10 +28,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from bench import keep, save_model, show
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from editkit.adapters.delta import DeltaLayer
@@ -47,11 +46,6 @@ from editkit.methods.memory import MemoryEdit
 from editkit.methods.shards import Fitting, Shards
 from editkit.metrics.protocol import EvalProtocol
 
-MID_SIZE = {
-    "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12,
-    "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}  # fmt: skip
 CORPUS = str(Path(LMSpec().path) / "corpus.txt")
 STEPS = 15  # of an edit: how well it is learned is of no matter here, that it is found is
 FITTING = Fitting(steps=STEPS, irrelevant=2)
@@ -61,7 +55,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "repair": {"fitting": FITTING, "shards": Shards(save=2, merge=4), "corpus": CORPUS},
     "grace": {"steps": STEPS, "eps": 1e-3},
 }
-console = Console(width=None if sys.stdout.isatty() else 200)
 Answer = Callable[[list[str], int], list[str]]
 
 
@@ -80,14 +73,6 @@ class Served:
     answer: Answer
     unedited: Answer
     memories: dict[str, int | None]
-
-
-def save_model(folder: Path) -> str:
-    """Save the random model with fact-world's tokenizer."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**MID_SIZE)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(LMSpec().path).save_pretrained(folder)
-    return str(folder)
 
 
 def endless(model: Any) -> Any:
@@ -226,21 +211,9 @@ def measure(served: Served, base: Answer, rows: int, count: int, repeats: int) -
     }  # fmt: skip
 
 
-def show(title: str, lines: list[dict[str, Any]]) -> None:
-    """Print rows as a table."""
-    table = Table(title=title)
-    for name in lines[0]:
-        table.add_column(name, justify="left" if isinstance(lines[0][name], str) else "right")
-    for line in lines:
-        table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
-    console.print(table)
-
-
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="batch sizes")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens of a row")
     parser.add_argument("--repeats", type=int, default=3)
@@ -248,7 +221,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=["mid-size", "factworld"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     args = parser.parse_args()
     if args.quick:
         args.rows, args.tokens, args.repeats, args.models = [4], 4, 1, ["factworld"]
@@ -277,8 +249,7 @@ def main() -> int:
                 lines = [measure(one, base, rows, args.tokens, args.repeats) for one in served]
                 show(f"{name}: {rows} rows, {args.tokens} new tokens each", lines)
                 report[name] += lines
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    keep(report, args.out)
     lines = [line for found in report.values() for line in found]
     return int(any(line["as alone"] != line["rows"] for line in lines))
 

@@ -14,7 +14,6 @@ agree, to the rounding of sums in another order.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -23,11 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
+import bench
+from bench import console, keep, machine, save_model
 from rich.table import Table
 from safetensors.torch import load_file
-from serve import save_model
 
 from editkit.adapters.io import TENSORS, read_lines
 from editkit.callbacks.folder import EDITS
@@ -74,9 +72,7 @@ def difference(one: Path, other: Path) -> float:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = bench.parser(__doc__)
     parser.add_argument("--model", default="factworld", help="factworld, mid-size or a folder")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--batch", type=int, default=100, help="edits at once")
@@ -84,7 +80,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=25, help="steps of the search for a value")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--out", type=Path, help="write all figures here as JSON")
     args = parser.parse_args()
     if args.quick:
         args.batch, args.batches, args.steps, args.repeats = 4, 1, 2, 1
@@ -94,8 +89,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run on one device and on several, in turns; return 1 where the models differ."""
     args, took = parse(), {}  # type: ignore[var-annotated]
-    report: dict[str, Any] = {"cores": os.cpu_count(), "torch": torch.__version__}
-    report["load before"] = os.getloadavg()[0]
+    report: dict[str, Any] = {"before": machine(1)}
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         model = save_model(root / "model") if args.model == "mid-size" else args.model
@@ -115,12 +109,10 @@ def main() -> int:
         table.add_row(str(devices), f"{edits / best:.2f}", f"{best:.1f}", f"{whole:.1f}")
     several, one = (report[f"{n} devices"]["edits/s"] for n in (args.devices, 1))
     report["speedup"] = several / one
-    report["load after"] = os.getloadavg()[0]
-    console = Console()
+    report["after"] = machine(1)
     console.print(table)
     console.print({k: v for k, v in report.items() if "devices" not in k})
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    keep(report, args.out)
     return int(not report["relative difference"] < CLOSE)
 
 
