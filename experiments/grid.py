@@ -12,6 +12,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from statistics import median
 
 import yaml
 
@@ -195,7 +196,7 @@ def table(found: dict) -> str:
         row = [cell(n["immediate"].get("reliability")), *(cell(n["final"].get(k)) for k in KINDS)]
         after = [p["after"] for p in n["perplexity"]]
         row.append(f"{sum(after) / len(after):.1f} ({min(after):.1f} to {max(after):.1f})")
-        row.append(f"{sum(n['seconds_per_edit']) / seeds:.3f}")
+        row.append(f"{median(n['seconds_per_edit']):.3f}")
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     reference = grid.get("reference")
     compared = {m: n for m, n in found["methods"].items() if "reference_minus_this" in n}
@@ -226,7 +227,8 @@ def table(found: dict) -> str:
     lines += [
         "",
         f"`{found['scorer']}`, {seeds} seeds pooled; brackets are 95 % bootstrap intervals over "
-        "edits; perplexity is the seeds' mean (lowest to highest). "
+        "edits; perplexity is the seeds' mean (lowest to highest); seconds: median of the seeds, "
+        "machine under load. "
         f"Commit {', '.join(sorted(commits))}.",
     ]
     return "\n".join(lines) + "\n"
