@@ -1,15 +1,75 @@
-"""What `experiments/grid.py` says of the drift of runs with a queue."""
+"""That the cells of grids and studies bind, and what `experiments/grid.py` says of a queue."""
 
 import csv
 import sys
+from argparse import ArgumentError
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from editkit.functional.queue import START, QueueSettings
+from editkit.retention.settings import parser
+from editkit.study.plan import read_study
+from editkit.trainer_cli import EditCLI, run_trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 import grid
+
+ROOT = grid.ROOT
+GRIDS = sorted((ROOT / "experiments" / "grids").glob("*.yaml"))
+STUDIES = sorted((ROOT / "experiments" / "studies").glob("*.yaml"))
+
+
+class Made(Exception):
+    """Carries a parser out of the command line that made it."""
+
+
+class Stopped(EditCLI):
+    """Makes its parser and stops."""
+
+    def parse_arguments(self, parser, args):
+        """Hand the parser over."""
+        raise Made(parser)
+
+
+@pytest.fixture(scope="module")
+def parsers():
+    """The parsers of `editkit fit` and `editkit retain`, made once."""
+    with pytest.raises(Made) as made:
+        run_trainer([], Stopped)
+    return {"fit": made.value.args[0], "retain": parser()}
+
+
+def bind(parsers, args):
+    """Parse a cell's arguments as its verb does."""
+    parsers[args[0]].parse_args([*args] if args[0] == "fit" else [*args[1:]])
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=[p.stem for p in GRIDS])
+def test_every_cell_of_a_grid_binds(path, parsers, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    told = yaml.safe_load(path.read_text())
+    assert told["methods"]
+    for method in told["methods"]:
+        bind(parsers, grid.cell_of(path.stem, told, method, told["seeds"][0]).args)
+    with pytest.raises(ArgumentError, match="nosuch"):
+        bind(parsers, [*grid.cell_of(path.stem, told, method, 0).args, "--model.nosuch=1"])
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[p.stem for p in STUDIES])
+def test_every_cell_of_a_study_binds(path, parsers, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    study = read_study(path)
+    first = replace(study, seeds=study.seeds[:1], alone=min(study.alone, 1))
+    folders = ("--run=", "--out=", "--trainer.default_root_dir=")
+    alike = {}  # fine-tunings of edited models differ in their folders alone
+    for cell in first.cells(tmp_path):
+        alike.setdefault(tuple(a for a in cell.args if not a.startswith(folders)), cell.args)
+    assert {args[0] for args in alike.values()} == {"fit", "retain"}
+    for args in alike.values():
+        bind(parsers, args)
 
 
 def test_shared_options_come_before_a_methods_own():
