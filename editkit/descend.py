@@ -26,12 +26,10 @@ class Descent:
     Args:
         losses: Loss at every call, in order.
         steps: Optimiser steps taken.
-        stopped_early: Whether the loss fell to the threshold before the calls ran out.
     """
 
     losses: list[float]
     steps: int
-    stopped_early: bool
 
 
 def descend(
@@ -85,8 +83,8 @@ def descend(
             if project is not None:
                 project()
         if len(losses) % epoch == 0 and sum(losses[-epoch:]) / epoch <= stop_below:
-            return Descent(losses, taken, stopped_early=True)
-    return Descent(losses, taken, stopped_early=False)
+            break
+    return Descent(losses, taken)
 
 
 def _clipped(grad: Tensor, norm: float) -> Tensor:

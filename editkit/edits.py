@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 ProbeKind = Literal["reliability", "generalization", "locality", "portability", "intrinsic"]
-PROBE_KINDS: tuple[str, ...] = get_args(ProbeKind)
 
 
 @dataclass(frozen=True, slots=True)

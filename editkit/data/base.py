@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate, groupby
@@ -168,12 +167,6 @@ class EditDataModule(LightningDataModule, ABC):
         """Probes that belong to these edits, in order."""
         wanted = set(edit_ids)
         return [probe for probe in self.probes if probe.edit_id in wanted]
-
-    def increment_of(self, edit_id: int) -> int:
-        """Number, from 0, of the increment that holds an edit."""
-        if not 0 <= edit_id < len(self.edits):
-            raise ValueError(f"edit {edit_id} is not in this stream of {len(self.edits)} edits")
-        return bisect_right(self.boundaries, edit_id)
 
     def train_dataloader(self) -> Batches[Edit]:
         """Batches of the stream in order; after a restored checkpoint, those not yet applied."""

@@ -83,19 +83,3 @@ START = Queue()
 def kappa_step(kappa: float, loss: float, budget: float) -> float:
     """Return max(kappa + PL / D - 1, 1)."""
     return max(kappa + loss / budget - 1.0, 1.0)
-
-
-def queue_step(
-    queue: float, loss: float, budget: float, gain: float, drift: float, floor: float
-) -> float:
-    """Return max(Z + a (PL - D) + b, floor), the queue as the paper has it.
-
-    Args:
-        queue: Z.
-        loss: Preservation loss PL.
-        budget: Its budget D.
-        gain: a > 0.
-        drift: b >= 0, which tightens the budget to D - b / a.
-        floor: Z_max of the paper, which is a floor in spite of its name.
-    """
-    return max(queue + gain * (loss - budget) + drift, floor)

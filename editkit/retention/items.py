@@ -25,7 +25,6 @@ from editkit.edits import Edit, Probe
 from editkit.retention.source import EditedRun
 
 SetName = Literal["E", "K", "U", "N", "P"]
-SETS: tuple[SetName, ...] = ("E", "K", "U", "N", "P")
 PROMPT_KINDS: dict[str, tuple[SetName, str]] = {
     "reliability": ("E", "rewrite"),
     "generalization": ("E", "rephrase"),

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from editkit.retention.cli import Retention
 
 ROWS, SUMMARY = "retention.jsonl", "summary.json"
-EXACT = {"ERR", "IRR"}
 
 
 def write_result(made: Retention) -> dict[str, Any]:

@@ -139,7 +139,6 @@ def test_no_batch_crosses_the_end_of_an_increment(numbered):
         [5],
         [6, 7, 8],
     ]
-    assert [data.increment_of(i) for i in range(9)] == [0, 1, 1, 1, 1, 1, 2, 2, 2]
     assert len(data.edits) == 9
 
 
@@ -147,9 +146,6 @@ def test_a_stream_without_increments_is_one(numbered):
     data = numbered(10)
     data.setup()
     assert data.boundaries == [10]
-    assert data.increment_of(9) == 0
-    with pytest.raises(ValueError, match="edit 10 is not in this stream of 10"):
-        data.increment_of(10)
 
 
 @pytest.mark.parametrize("loader", ["val_dataloader", "test_dataloader", "predict_dataloader"])
