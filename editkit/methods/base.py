@@ -89,6 +89,15 @@ class EditModule(StreamModule, ABC):
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take `stream_state` back."""
 
+    def check_weights(self) -> None:
+        """Refuse weights under edit that are stored packed: a method that computes with them asks.
+
+        Raises:
+            ValueError: If one is; the text names it.
+        """
+        for layer in self.lm.layers.values():
+            _ = layer.weight_oi  # which raises
+
     # life outside and inside a Trainer
 
     @final

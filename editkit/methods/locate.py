@@ -56,6 +56,7 @@ class LocateThenEdit(EditModule):
     prompt_weights: ClassVar[Weights] = "halves"
     prefix_plan: ClassVar[tuple[tuple[int, int], ...]] = ((5, 10),)  # numbers and lengths in tokens
     needs_past: ClassVar[bool] = False  # cannot go on without what it knew of earlier edits
+    reads_weights: ClassVar[bool] = False  # computes with them, so none may lie packed
 
     def __init__(
         self,
@@ -126,8 +127,6 @@ class LocateThenEdit(EditModule):
         """Blocks to edit where none are named."""
         return self.lm.causal_layers
 
-    # what the contract asks
-
     def attach(self) -> None:
         """Wrap the down-projection of each layer."""
         chosen = self.default_layers if self.layers is None else self.layers
@@ -138,6 +137,8 @@ class LocateThenEdit(EditModule):
 
     def prepare(self) -> None:
         """Measure the keys' second moments and let the model write its prefixes."""
+        if self.reads_weights:
+            self.check_weights()
         cache = None if self.cache is None else Path(self.cache)
         corpus = read_corpus(self.corpus, self.corpus_texts, self.spec, cache=cache)
         found = second_moments(self.lm, self.sites, corpus, self.corpus_tokens, cache=cache)
@@ -182,8 +183,7 @@ class LocateThenEdit(EditModule):
         for i, site in enumerate(self.sites):
             keys_FE = self._solvable(site, rows.keys(site).float())
             resid_DE = self.residual(rows, values, site, keys_FE, len(self.sites) - i)
-            change_DF = self.solve(site, keys_FE, self._solvable(site, resid_DE))
-            self.deltas[site.path].stage(change_DF)
+            self.deltas[site.path].stage(self.solve(site, keys_FE, self._solvable(site, resid_DE)))
             numbers[f"residual/{site.layer}"] = float(resid_DE.norm())
         self.settle()
         for site in self.sites:

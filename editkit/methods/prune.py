@@ -45,6 +45,7 @@ class PRUNE(LocateThenEdit):
     """
 
     needs_past: ClassVar[bool] = True
+    reads_weights: ClassVar[bool] = True
 
     def __init__(self, ridge: float, queue: QueueSettings | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -56,11 +57,6 @@ class PRUNE(LocateThenEdit):
     def rules(self) -> Rules:
         """Remember keys with a queue only."""
         return Rules(remembers=self.queue is not None, queue=self.queue)
-
-    def prepare(self) -> None:
-        """Measure moments, once it is known that the weights can be read."""
-        assert all(layer.weight_oi.ndim == 2 for layer in self.deltas.values())
-        super().prepare()
 
     def penalty(self, site: Site, cov_FF: Tensor) -> Penalty:
         """Return lambda C0."""

@@ -18,7 +18,7 @@ Costs: as MEMIT, and one order statistic over D F entries a layer; one more chan
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ class RECT(LocateThenEdit):
         queue: LyapLock's queue on top, reconstructed; none leaves the ridge as it is.
     """
 
+    reads_weights: ClassVar[bool] = True
+
     def __init__(
         self,
         ridge: float,
@@ -58,11 +60,6 @@ class RECT(LocateThenEdit):
     def rules(self) -> Rules:
         """Write part of the solution; remember keys with a queue only."""
         return Rules(remembers=self.queue is not None, masked=True, queue=self.queue)
-
-    def prepare(self) -> None:
-        """Measure moments, once it is known that the weights can be read."""
-        assert all(layer.weight_oi.ndim == 2 for layer in self.deltas.values())
-        super().prepare()
 
     def penalty(self, site: Site, cov_FF: Tensor) -> Penalty:
         """Return lambda C0."""
