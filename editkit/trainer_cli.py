@@ -55,6 +55,13 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 StrategyRegistry.register("sharded", ShardedBase, "parts a base model over all devices")
 VERBS = ("fit", "validate", "test", "predict")
+MEANT = (  # what Lightning warns of, in any run
+    ".*does not have many workers.*",
+    ".*exists and is not empty.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*have overridden `transfer_batch_to_device`.*",
+    ".*in eval mode at the start of training.*",
+)
 
 
 class RunConfig(SaveConfigCallback):
@@ -200,24 +207,26 @@ def run_trainer(args: list[str] | None, cli: type[EditCLI] = EditCLI) -> None:
         ArgumentError: If an option is misspelt or a value does not fit.
         ValueError: If the input is wrong; the text names the fix.
     """
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*configure_optimizers.*returned `None`.*")
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message="(?s).*ModelCheckpoint with manual optimization.*")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")
-    warnings.filterwarnings("ignore", message=".*have overridden `transfer_batch_to_device`.*")
-    warnings.filterwarnings("ignore", message=".*args parameter is intended.*")
-    # devices have gathered the rows: what they log is the same on all
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")
+    quiet(
+        ".*configure_optimizers.*returned `None`.*",
+        "(?s).*ModelCheckpoint with manual optimization.*",
+        ".*args parameter is intended.*",
+        ".*sync_dist=True.*",  # devices have gathered the rows: what they log is the same on all
+    )
     try:
         _run(args, cli)
     except MisconfigurationException as error:
         raise ValueError(
             f"{error} Check the --trainer options; accelerator cpu always works."
         ) from error
+
+
+def quiet(*more: str) -> None:
+    """Silence what Lightning says of things that are meant, and `more` of its warnings."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (*MEANT, *more):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _run(args: list[str] | None, cli: type[EditCLI]) -> None:

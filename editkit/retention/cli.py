@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -36,7 +34,7 @@ from editkit.retention.settings import Settings, parser
 from editkit.retention.shared import control_name, known_answers, sole
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
-from editkit.trainer_cli import report
+from editkit.trainer_cli import quiet, report
 
 ITEMS, CONFIG, SUMMARY = "probes.jsonl", "config.yaml", "summary.json"
 
@@ -48,7 +46,10 @@ def run_retain(args: list[str]) -> Path:
         ArgumentError: If an option is misspelt or a value does not fit.
         ValueError: If the input is wrong; the text names the fix.
     """
-    quiet()
+    quiet(
+        ".*smaller than the logging interval.*",
+        ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
+    )
     made = parser()
     config = made.parse_args(args)
     return Retention(made, config).finish()
@@ -212,22 +213,6 @@ class Retention:
         if _is_first() and not kept:
             shutil.rmtree(self.folder, ignore_errors=True)
             sys.stderr.write(f"editkit: removed {self.folder}, it held nothing to go on from\n")
-
-
-def quiet() -> None:
-    """Silence what Lightning says of things that are meant."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*exists and is not empty.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*have overridden `transfer_batch_to_device`.*",
-        ".*in eval mode at the start of training.*",
-        ".*smaller than the logging interval.*",
-        ".*`lr_scheduler.step\\(\\)` before `optimizer.step\\(\\)`.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def _is_first() -> bool:

@@ -15,16 +15,13 @@ from editkit.retention.afterwards import ARM_OF
 from editkit.retention.finetune import Arm, FineTuneEdited
 from editkit.retention.items import ProbeSets
 from editkit.retention.objectives import Objective
+from editkit.trainer_cli import TRAINER_DEFAULTS as EDITING
 
 SCORERS = ("generation", "sequence_accuracy", "first_token", "nll", "pair")
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
-    "devices": 1,
-    "num_sanity_val_steps": 0,
+    **{k: v for k, v in EDITING.items() if k != "default_root_dir"},  # `out` says where
     "limit_val_batches": 0,
     "log_every_n_steps": 10,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
 }
 
 
