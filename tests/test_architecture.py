@@ -76,9 +76,9 @@ def test_no_file_is_above_250_lines():
 PROBE = """
 import os, random, sys, time
 environment, state = dict(os.environ), random.getstate()
-start = time.perf_counter()
+start = time.process_time()
 import editkit
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 assert dict(os.environ) == environment, "an environment variable changed"
 assert random.getstate() == state, "the random state changed"
 heavy = {"torch", "transformers", "lightning", "peft", "numpy"} & set(sys.modules)

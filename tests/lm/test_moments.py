@@ -189,7 +189,7 @@ def test_condition_is_that_of_the_moments_and_infinite_below_full_rank(llama, me
     assert expected in caplog.text
     values = torch.linalg.svdvals(found.cov_FF)
     ratio = float(values[0] / values[-1])
-    assert found.condition == pytest.approx(ratio, rel=1e-3) or ratio > 1e13
+    assert found.condition == pytest.approx(ratio, rel=1e-3)
 
 
 # what is kept

@@ -25,6 +25,8 @@ from editkit.metrics.protocol import EvalProtocol
 
 ROOT = Path(__file__).parents[2]
 YAMLS = sorted((ROOT / "experiments" / "method").glob("*.yaml"))
+# edits share weights, for good or until their window closes, or what is written is a part
+MAY_REFUSE_UNDO = {"ft", "ft_breadth_first", "lora", "rect", "repair", "wise", "wise_released"}
 PROMPTS = ["the capital of Alba is", "Question : where lives Elda ? Answer :", "a small town"]
 
 pytestmark = pytest.mark.parametrize("path", YAMLS, ids=[p.stem for p in YAMLS])
@@ -242,7 +244,7 @@ def test_leaves_the_model_in_eval_mode_without_base_gradients(make, edits):
     assert sorted(trained) == sorted(owned)
 
 
-def test_undo_is_exact_or_refused_with_a_reason(make, edits):
+def test_undo_is_exact_or_refused_with_a_reason(make, edits, path):
     lm = EditedLM(make())
     lm.edit_batch(edits[:1])
     before = copy.deepcopy(state(lm.method))
@@ -253,11 +255,11 @@ def test_undo_is_exact_or_refused_with_a_reason(make, edits):
     except UndoError:
         refused = True
     if refused:
+        assert path.stem in MAY_REFUSE_UNDO
         with pytest.raises(UndoError, match="cannot undo edit 1: "):
             lm.undo(1)
         assert not any(e["undone"] for e in lm.ledger)
         return
-    assert logits(lm.method) is not None
     assert lm.ledger[1]["undone"]
     fresh = EditedLM(make())
     fresh.edit_batch(edits[:1])
