@@ -8,7 +8,8 @@ with keys K, wanted changes of their outputs R and a penalty B (`editkit.functio
 B = L L^T and whitened keys L^-1 K this is X = R (K^T B^-1 K + noise I)^-1 K^T B^-1, an N x N solve
 (kernel form), or X = R K^T (K K^T + noise B)^-1, an F x F solve (dense form). MEMIT (Meng et al.
 2023, eq. 14) has noise 1 and B = ridge * C0, EMMET (Gupta et al. 2024) noise 0.1, ROME (Meng et al.
-2022, eq. 2) is the limit noise -> 0 for one key. What a stream adds is in `functional.bank`.
+2022, eq. 2) is the limit noise -> 0 for one key. What a stream adds is in `functional.pairs` and
+`functional.grams`.
 
 Legend: F layer input, D layer output, N keys, M the last of them, E edits of a batch.
 """
