@@ -15,7 +15,7 @@ from editkit.adapters.io import read_lines, write_lines
 from editkit.data.conflicts import ConflictIndex
 from editkit.edits import Edit, Probe
 from editkit.export import export_model, export_peft
-from editkit.lm.load import resolve_dtype
+from editkit.lm.load import pick_device, resolve_dtype
 from editkit.lm.spec import LMSpec
 from editkit.methods.artefact import build_method, load_edits, save_edits
 from editkit.methods.base import EditModule
@@ -162,7 +162,7 @@ class EditedLM:
 def load(
     model: str = "factworld",
     method: str | type[EditModule] = "ft",
-    device: str = "cpu",
+    device: str | None = "cpu",
     dtype: str = "float32",
     lm: LMSpec | None = None,
     **arguments: Any,
@@ -172,7 +172,7 @@ def load(
     Args:
         model: Hub id, local folder, or `factworld`.
         method: File name in `editkit.methods` such as `ft`, a class path, or a class.
-        device: Such as `cpu` or `cuda`.
+        device: Such as `cpu` or `cuda`; None takes the GPU where there is one.
         dtype: Dtype of the base weights; edits are fp32 whatever it is.
         lm: A whole spec instead of `model` and `dtype`.
         arguments: Constructor arguments of the method.
@@ -182,16 +182,16 @@ def load(
     """
     spec = lm or LMSpec(id=model, dtype=dtype)
     resolve_dtype(spec.dtype, torch.float32)
-    path = method_path(method)
+    place, path = pick_device(device), method_path(method)
     module = build_method(path, lm=spec, evaluation=EvalProtocol(), **arguments)
     module.configure_model()
-    return EditedLM(module.to(device))
+    return EditedLM(module.to(place))
 
 
 def load_edited(
     folder: str | Path,
-    device: str = "cpu",
-    dtype: str = "float32",
+    device: str | None = "cpu",
+    dtype: str | None = None,
     lm: LMSpec | None = None,
     trust: bool = False,
 ) -> EditedLM:
@@ -199,8 +199,8 @@ def load_edited(
 
     Args:
         folder: A run folder, or what `EditedLM.save` wrote.
-        device: Such as `cpu` or `cuda`.
-        dtype: Dtype of the base weights where the artefact names none.
+        device: Such as `cpu` or `cuda`; None takes the GPU where there is one.
+        dtype: Dtype of the base weights; None takes that on which the edits were made.
         lm: Where the base lies now, if elsewhere than recorded; its weights must be the same.
         trust: Allow a method class from outside `editkit.methods`: that runs its code.
 
@@ -208,7 +208,8 @@ def load_edited(
         ValueError: If the artefact is damaged, from another base, or not trusted.
     """
     folder = Path(folder)
-    method = load_edits(folder, lm, resolve_dtype(dtype, torch.float32), device, trust)
+    resolve_dtype(dtype, torch.float32)
+    method = load_edits(folder, lm, dtype, pick_device(device), trust)
     ledger = folder / "edits.jsonl"
     if ledger.is_file():
         method.ledger = read_lines(ledger)
@@ -229,22 +230,20 @@ def method_path(method: str | type[EditModule]) -> str:
         module = importlib.import_module(f"editkit.methods.{method.lower()}")
     except ModuleNotFoundError:
         folder = Path(__file__).parent / "methods"
-        names = sorted(f.stem for f in folder.glob("*.py") if _classes(f.stem))
+        names = sorted(f.stem for f in folder.glob("*.py") if _class_of(f.stem))
         raise ValueError(f"no method {method!r}; there are {', '.join(names)}") from None
-    classes = _classes(module.__name__.rpartition(".")[2])
-    if not classes:
+    name = _class_of(module.__name__.rpartition(".")[2])
+    if name is None:
         raise ValueError(f"editkit.methods.{method} holds no method; give a class path")
-    return f"{module.__name__}.{classes[0]}"
+    return f"{module.__name__}.{name}"
 
 
-def _classes(name: str) -> list[str]:
-    """Return the names of the method classes that a file of `editkit.methods` defines."""
-    module = importlib.import_module(f"editkit.methods.{name}")
-    return [
-        cls.__name__
-        for cls in vars(module).values()
-        if inspect.isclass(cls)
-        and issubclass(cls, EditModule)
-        and cls.__module__ == module.__name__
-        and not inspect.isabstract(cls)
-    ]
+def _class_of(stem: str) -> str | None:
+    """Return the name of the method class that a file of `editkit.methods` is called after."""
+    if stem == "composed":  # makes no edits
+        return None
+    for name, cls in vars(importlib.import_module(f"editkit.methods.{stem}")).items():
+        is_called_so = name.lower() == stem.replace("_", "")
+        if is_called_so and inspect.isclass(cls) and issubclass(cls, EditModule):
+            return name
+    return None

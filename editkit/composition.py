@@ -23,7 +23,7 @@ from editkit.metrics.protocol import EvalProtocol
 def compose(
     *folders: str | Path,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     lm: LMSpec | None = None,
     trust: bool = False,
 ) -> EditedLM:
@@ -39,7 +39,7 @@ def compose(
     Args:
         folders: Run folders, two or more.
         device: Such as `cpu` or `cuda`.
-        dtype: Dtype of the base weights where an artefact names none.
+        dtype: Dtype of the base weights; None takes that on which the edits were made.
         lm: Where the base lies now, if elsewhere than recorded.
         trust: Allow method classes from outside `editkit.methods`.
 

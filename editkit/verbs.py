@@ -47,8 +47,9 @@ def inspect(model: str, role: str | None = None, trust_remote_code: bool = False
 
 
 def generate(
-    run: Path, prompt: str, max_new_tokens: int = 50, base: bool = False, trust: bool = False
-) -> None:
+    run: Path, prompt: str, max_new_tokens: int = 50, base: bool = False,
+    device: str | None = None, trust: bool = False,
+) -> None:  # fmt: skip
     """Answer a prompt with an edited model.
 
     Args:
@@ -56,6 +57,7 @@ def generate(
         prompt: Text to continue.
         max_new_tokens: Budget of the answer.
         base: Answer with the unedited model beside it.
+        device: Such as `cpu` or `cuda`; none takes the GPU where there is one.
         trust: Allow a method class from outside editkit.
     """
     from rich.console import Console
@@ -64,7 +66,7 @@ def generate(
 
     from editkit.api import load_edited
 
-    lm = load_edited(run, trust=trust)
+    lm = load_edited(run, device, trust=trust)
     table = Table("prompt", "edited")
     row = [prompt, lm.generate(prompt, max_new_tokens)]
     if base:
@@ -76,21 +78,23 @@ def generate(
 
 
 def export(
-    run: Path, out: Path, form: Literal["model", "peft"] = "model", trust: bool = False
-) -> None:
+    run: Path, out: Path, form: Literal["model", "peft"] = "model",
+    device: str | None = None, trust: bool = False,
+) -> None:  # fmt: skip
     """Write an edited model as a plain Hugging Face folder, or its edits as a PEFT adapter.
 
     Args:
         run: Run folder.
         out: Folder to write; must be new or empty.
         form: `model` for whole weights, `peft` for a LoRA adapter that PEFT loads on the base.
+        device: Such as `cpu` or `cuda`; none takes the GPU where there is one.
         trust: Allow a method class from outside editkit.
     """
     from rich.console import Console
 
     from editkit.api import load_edited
 
-    load_edited(run, trust=trust).export(out, form)
+    load_edited(run, device, trust=trust).export(out, form)
     Console().print(f"saved {out}; its logits equal the edited model's", highlight=False)
 
 
@@ -155,20 +159,20 @@ def trace(
         dtype: Dtype of the weights such as `bfloat16`; none takes float32.
         trust_remote_code: Run model code that comes from the Hub.
     """
-    import torch
     from rich.console import Console
 
     from editkit.data.facts import facts_to_trace
     from editkit.lm.editable import EditableLM
+    from editkit.lm.load import pick_device
     from editkit.lm.restoring import TraceSettings
     from editkit.lm.spec import LMSpec
     from editkit.lm.tracing import trace_facts
     from editkit.report.heatmap import trace_table, write_trace
 
-    settings = TraceSettings(noise, samples, window, seed)
+    settings, place = TraceSettings(noise, samples, window, seed), pick_device(device)
     spec = LMSpec(id=model, dtype=dtype, trust_remote_code=trust_remote_code)
     facts = facts_to_trace(Path(spec.path), prompts, (prompt, subject, target), limit, seed)
-    lm = EditableLM.load(spec).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    lm = EditableLM.load(spec).to(place)
     found = trace_facts(lm, facts, settings)
     about = {"model": model, "prompts": prompts and str(prompts), "noise": noise, "seed": seed}
     about |= {"samples": samples, "window": settings.width(len(lm.blocks))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from editkit.methods.base import UndoError
 
 FT = {"method": "ft", "layer": 2, "steps": 60, "lr": 3e-2, "append_eos": True}
 PROMPT = "the capital of Alba is"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -90,7 +92,11 @@ def test_a_failed_edit_discards_its_scratch(lm):
 
 def test_wrong_methods_and_options_are_named(tiny):
     for options, match in [
-        ({"method": "foo"}, "no method 'foo'; there are alphaedit, .*ft, grace, lora"),
+        ({"method": "foo"}, "no method 'foo'; there are alphaedit, emmet, .*ft, grace, lora"),
+        ({"method": "windows"}, "editkit.methods.windows holds no method"),
+        ({"method": "composed"}, "editkit.methods.composed holds no method"),
+        ({"method": "memit"}, r"memit needs ridge=\.\.\.; experiments/method/memit.yaml has"),
+        ({"method": "ft", "device": "nowhere"}, "no device 'nowhere' here; use cpu"),
         ({"method": "base"}, "holds no method"),
         ({"method": "json.JSONDecoder"}, "is not an EditModule"),
         ({"method": "nowhere.Foo"}, "no method class"),
@@ -99,6 +105,24 @@ def test_wrong_methods_and_options_are_named(tiny):
     ]:
         with pytest.raises(ValueError, match=match):
             editkit.load(tiny("llama"), **options)
+
+
+def test_the_methods_that_are_named_are_those_with_a_yaml():
+    with pytest.raises(ValueError, match="no method 'foo'; there are ") as told:
+        editkit.load(method="foo")
+    named = str(told.value).partition("there are ")[2].split(", ")
+    yamls = {path.stem for path in (ROOT / "experiments" / "method").glob("*.yaml")}
+    assert named == sorted(yamls - {"ft_breadth_first", "memoir_released", "wise_released"})
+
+
+@pytest.mark.parametrize("made", ["float32", "bfloat16"])
+def test_a_dtype_that_is_asked_for_wins_over_the_recorded_one(made, tiny, tmp_path):
+    editkit.load(tiny("llama"), **FT, dtype=made).save(tmp_path)
+    for asked in (None, "float32", "bfloat16"):
+        again = editkit.load_edited(tmp_path, dtype=asked)
+        assert str(again.lm.model.dtype) == f"torch.{asked or made}"
+    with pytest.raises(ValueError, match="dtype 'int3' is not one of"):
+        editkit.load_edited(tmp_path, dtype="int3")
 
 
 def test_a_class_outside_the_package_needs_trust(tiny, tmp_path, lm):

@@ -274,6 +274,18 @@ def test_generate_and_export_take_a_run_folder(fit, capsys, tmp_path):
     assert (tmp_path / "out" / "config.json").exists()
     assert main(["export", "runs/x", "out"]) == 1
     assert "not empty" in capsys.readouterr().err
+    for args in (["generate", "runs/x", "the capital"], ["export", "runs/x", "other"]):
+        assert main([*args, "--device=nowhere"]) == 1
+        assert "no device 'nowhere' here; use cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["generate", "export", "trace", "lm-eval"])
+def test_verbs_that_load_a_model_tell_of_their_device(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "--device" in told
+    assert "none takes the GPU where there is one" in told
 
 
 def test_inspect_lists_sites_and_proposes_layers(tiny, capsys):

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from editkit.adapters.io import CONFIG
 from editkit.api import load_edited
 from editkit.harness.model import harness_model, part_of_harness
 from editkit.harness.scores import pair_scores
 from editkit.lm.editable import EditableLM
+from editkit.lm.load import pick_device
 from editkit.lm.spec import LMSpec
 
 BOOTSTRAP = 1000  # draws behind the standard error of a score that is no mean
@@ -38,11 +37,10 @@ def load_model(
         ValueError: If the model cannot be loaded; the text names the fix.
     """
     part_of_harness("lm_eval")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = Path(model)
+    run, place = Path(model), pick_device(device)
     if (run / CONFIG).is_file():
-        return load_edited(run, device=device, trust=trust).lm, run
-    return EditableLM.load(LMSpec(id=model)).to(device), None
+        return load_edited(run, device, trust=trust).lm, run
+    return EditableLM.load(LMSpec(id=model)).to(place), None
 
 
 def measure_tasks(

@@ -31,6 +31,21 @@ def resolve_dtype(name: str | None, default: torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
+def pick_device(name: str | None = None) -> torch.device:
+    """Return a device by its name; None takes the GPU where there is one.
+
+    Raises:
+        ValueError: If there is no such device here.
+    """
+    there = ["cuda"] if torch.cuda.is_available() else []
+    try:
+        device = torch.device(name or [*there, "cpu"][0])
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # a name unknown to torch; not built with it
+        raise ValueError(f"no device {name!r} here; use {' or '.join(['cpu', *there])}") from error
+    return device
+
+
 @contextmanager
 def plain_linears() -> Iterator[None]:
     """Build models from torch's own `nn.Linear`, whatever stands in its place.

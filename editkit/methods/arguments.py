@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -47,3 +48,18 @@ def kept_arguments(method: object, base: type) -> dict[str, Any]:
 def _plain(value: object) -> object:
     """Return what JSON can hold of a constructor argument: a record's fields, or its text."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def refused(class_path: str, error: TypeError) -> str:
+    """Return what a constructor's error says, naming what is missing as it would be given.
+
+    >>> error = TypeError("MEMIT.__init__() missing 1 required positional argument: 'ridge'")
+    >>> refused("editkit.methods.memit.MEMIT", error)
+    "memit needs ridge=...; experiments/method/memit.yaml has the paper's"
+    """
+    _, is_missing, names = str(error).partition(" missing ")
+    if not is_missing or not class_path.startswith("editkit.methods."):
+        return f"{class_path}: {error}"
+    stem, lacking = class_path.split(".")[-2], re.findall(r"'(\w+)'", names)
+    given = ", ".join(f"{name}=..." for name in lacking)
+    return f"{stem} needs {given}; experiments/method/{stem}.yaml has the paper's"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args, get_type_hints
 
@@ -13,6 +13,7 @@ import editkit
 from editkit.adapters.io import load_adapter, read_config, save_adapter
 from editkit.lm.load import weight_hash
 from editkit.lm.spec import PACKAGED, LMSpec
+from editkit.methods.arguments import refused
 from editkit.methods.base import EditModule
 from editkit.methods.steps import check_base
 from editkit.metrics.protocol import EvalProtocol
@@ -63,7 +64,7 @@ def build_method(class_path: str, trust: bool = True, **arguments: Any) -> EditM
     try:
         return cls(**_with_records(cls, arguments))
     except TypeError as error:
-        raise ValueError(f"{class_path}: {error}") from error
+        raise ValueError(refused(class_path, error)) from error
 
 
 def _with_records(cls: type[EditModule], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -79,14 +80,14 @@ def _with_records(cls: type[EditModule], arguments: dict[str, Any]) -> dict[str,
 
 
 def load_edits(
-    folder: Path, lm: LMSpec | None, dtype: torch.dtype, device: str, trust: bool
+    folder: Path, lm: LMSpec | None, dtype: str | None, device: torch.device, trust: bool
 ) -> EditModule:
     """Rebuild the method of an artefact on its base, with its edits in place.
 
     Args:
         folder: A run folder.
         lm: Base to load on; None takes the one recorded.
-        dtype: Dtype of the base where the spec names none.
+        dtype: Dtype of the base; None takes the spec's.
         device: Device to run on.
         trust: Allow a method class from outside `editkit.methods`.
 
@@ -95,6 +96,7 @@ def load_edits(
     """
     config = read_config(folder, ("class_path", "init_args", "lm", "base", "edits_seen"))
     spec = lm or LMSpec(**config["lm"])
+    spec = replace(spec, dtype=dtype or spec.dtype)
     if lm is None and spec.trust_remote_code and not trust:
         raise ValueError(
             f"the base {spec.id!r} of {str(folder)!r} runs code of its own; pass trust=True if you "
