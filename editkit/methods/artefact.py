@@ -32,6 +32,8 @@ def save_edits(folder: Path, method: EditModule) -> None:
         "lm": spec,
         "base": {"id": method.spec.id, "hash": weight_hash(method.spec)},
         "edits_seen": method.edits_seen,
+        "stream": method.kept_state(),
+        "generator": bytes(method.generator.get_state().tolist()).hex(),
         "editkit": editkit.__version__,
     }
     save_adapter(folder, method.lm.layers, config)
@@ -111,4 +113,9 @@ def load_edits(
     check_base(config["base"], spec)  # a Hub id is there only now
     load_adapter(folder, method.lm.layers)
     method.edits_seen = config["edits_seen"]
+    if config.get("stream"):
+        method.load_stream_state(config["stream"])
+    if "generator" in config:
+        drawn = torch.tensor(list(bytes.fromhex(config["generator"])), dtype=torch.uint8)
+        method.generator.set_state(drawn)
     return method.to(device)

@@ -89,6 +89,10 @@ class EditModule(StreamModule, ABC):
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take `stream_state` back."""
 
+    def kept_state(self) -> dict[str, Any]:
+        """Return what a saved run keeps of `stream_state`, as JSON has it."""
+        return {}
+
     def check_weights(self) -> None:
         """Refuse weights under edit that are stored packed: a method that computes with them asks.
 

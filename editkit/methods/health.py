@@ -27,6 +27,7 @@ from editkit.methods.shards import Loop
 
 AT_ONCE = 256  # edits that are answered at a time
 Found = tuple[Tensor, list[int], list[int], dict[int, tuple[int, bool]]]
+NOTHING: Found = torch.zeros(0, 0, dtype=torch.float32), [], [], {}
 
 
 @dataclass(frozen=True)

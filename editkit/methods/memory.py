@@ -143,6 +143,10 @@ class MemoryEdit(EditModule):
         """Take the prefixes back."""
         self.contexts = state["contexts"]
 
+    def kept_state(self) -> dict[str, Any]:
+        """Return all of it: what goes on being written rests on it."""
+        return self.stream_state()
+
     def on_validation_batch_end(self, outputs: dict[str, Any], *args: Any) -> None:
         """Collect the rows of a validation."""
         self.asked += outputs["rows"]

@@ -53,11 +53,10 @@ site are kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without runnin
 from __future__ import annotations
 
 import logging
-from copy import copy
 from typing import Any
 
 from editkit.edits import Edit
-from editkit.methods.health import worst_pool
+from editkit.methods.health import NOTHING, worst_pool
 from editkit.methods.shards import Loop
 from editkit.methods.windows import Windowed
 from editkit.methods.wordings import as_asked
@@ -65,7 +64,7 @@ from editkit.methods.wordings import as_asked
 MORE_STEPS = 1.5  # at each retry
 WINDOW_TRIES = 3
 COUNTS = ("windows", "trained", "rebuilt", "accepted", "refused")
-TRIED = ("deferred", "tried", *COUNTS)
+TRIED = ("deferred", "tried")
 AS_RESOLVED = Loop()
 log = logging.getLogger(__name__)
 
@@ -88,6 +87,7 @@ class REPAIR(Windowed):
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
         """Write edits into a shard of their own, or into a pool with those that fill a window."""
+        self.check_made()
         before, made, numbers = self.memory.pools.tables, dict(self.made), {}
         try:
             edits = self.make_room(edits)
@@ -113,15 +113,21 @@ class REPAIR(Windowed):
 
     def stream_state(self) -> dict[str, Any]:
         """Return what has been tried beside the texts of the edits."""
-        own = {name: getattr(self, name) for name in TRIED}
+        own = {name: getattr(self, name) for name in (*TRIED, *COUNTS)}
         return {**super().stream_state(), **own, "found": self.health.found}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take it back."""
         super().load_stream_state(state)
-        for name in TRIED:
-            setattr(self, name, copy(state[name]))
-        self.health.kept, self.health.found = {}, state["found"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
+        for name in TRIED:  # JSON has no numbers for keys
+            setattr(self, name, {int(key): n for key, n in state[name].items()})
+        self.health.kept, self.health.found = {}, state.get("found", NOTHING)
+
+    def kept_state(self) -> dict[str, Any]:
+        """Return all but what is found again by asking."""
+        return {k: v for k, v in self.stream_state().items() if k != "found"}
 
     def _integrate(self, fresh: list[int]) -> float:
         """Merge the edits that wait, and fresh ones, into a pool; see to it that none is lost.

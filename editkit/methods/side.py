@@ -19,7 +19,6 @@ from editkit.edits import Edit, Probe
 from editkit.functional.routing import mean_norms
 from editkit.lm.activation import activation
 from editkit.lm.openings import unrelated_prompts
-from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
 from editkit.methods.memory import MemoryEdit
 from editkit.methods.shard_training import Fit, Lesson, Wanted, train_shard
@@ -142,8 +141,6 @@ class SideEdit(MemoryEdit):
 
     def lesson(self, edits: list[Edit], beside: Sequence[int] = ()) -> Lesson:
         """Return the rows of edits and what they are held against, run to the site."""
-        if self.compat:
-            return self._released_lesson(edits)
         rows, many = self.rows(edits), self.fitting.irrelevant
         given = [text for edit in edits for text in edit.negatives[:many]]
         own = iter(self._read(given))
@@ -181,29 +178,6 @@ class SideEdit(MemoryEdit):
         found: list[int] = index.tolist()
         return found
 
-    def _released_lesson(self, edits: list[Edit]) -> Lesson:
-        """Return a lesson as released: all rows in one batch, padded on the left."""
-        others: list[str] = []
-        for edit in edits:
-            given = list(edit.negatives)[: self.fitting.irrelevant]
-            drawn = self._draw(self.fitting.irrelevant - len(given), edit)
-            others += given + [self.unrelated[i] for i in drawn]
-        fronts = ["", *(f"{context} " for context in self.contexts or [])]
-        cut = [text.rpartition(" ") for text in others]
-        if any(not head for head, _, _ in cut):
-            raise ValueError(f"unrelated texts of one word among {others}; compat needs two")
-        n = len(edits) * len(fronts)
-        rows = SiteRows(
-            self.lm,
-            self.site,
-            self.adds_up,
-            [f + e.prompt for e in edits for f in fronts] + [head for head, _, _ in cut],
-            [e.target for e in edits for _ in fronts] + [tail for _, _, tail in cut],
-            self.append_eos,
-            padding="left",
-        )
-        return Lesson(rows, len(edits), len(fronts), rows.inputs_BTF[n:], rows.tokens.prompt_BT[n:])
-
     # who lives where
 
     def enrol(self, edits: list[Edit], pool: int) -> None:
@@ -224,6 +198,7 @@ class SideEdit(MemoryEdit):
         Raises:
             UndoError: If other edits share its weights.
         """
+        self.check_made()
         pools = self.memory.pools
         pool = pools.homes.get(edit_id)
         others = [] if pool is None else [i for i in pools.members(pool) if i != edit_id]
@@ -233,8 +208,20 @@ class SideEdit(MemoryEdit):
             raise UndoError(
                 f"{type(self).__name__} cannot undo edit {edit_id}: it {shared if others else gone}"
             )
-        self.forget_pool(pool)
         del self.made[edit_id]
+        self.forget_pool(pool)
+
+    def check_made(self) -> None:
+        """Refuse to touch pools whose edits are not known.
+
+        Raises:
+            ValueError: If they came from a saved run that does not keep their texts.
+        """
+        if not self.memory.pools.homes.keys() <= self.made.keys():
+            raise ValueError(
+                f"{type(self).__name__} needs the texts of the edits in its pools, and this run "
+                "was saved without them: go on from its checkpoint (--ckpt_path last)"
+            )
 
     def forget_pool(self, pool: int) -> None:
         """Drop a pool and what is known of it."""
@@ -247,4 +234,10 @@ class SideEdit(MemoryEdit):
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take them back."""
         super().load_stream_state(state)
-        self.made = {fields["id"]: Edit(**fields) for fields in state["made"]}
+        made = [Edit(**{k: _frozen(v) for k, v in edit.items()}) for edit in state["made"]]
+        self.made = {edit.id: edit for edit in made}
+
+
+def _frozen(value: Any) -> Any:
+    """Return a field of an edit as it was before JSON made lists of tuples."""
+    return tuple(value) if isinstance(value, list) else value

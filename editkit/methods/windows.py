@@ -15,7 +15,7 @@ from editkit.edits import Edit
 from editkit.functional.losses import cosine_to
 from editkit.functional.merge import loss_weights
 from editkit.lm.rows import adds_up
-from editkit.methods.health import Found, Health
+from editkit.methods.health import NOTHING, Health
 from editkit.methods.shard_training import Fit
 from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged
 from editkit.methods.wise import WISE
@@ -70,6 +70,12 @@ class Windowed(WISE):
         found: list[int] = pools.edit_M[pools.open_P[pools.home_M]].tolist()
         return sorted(found)
 
+    def undo(self, edit_id: int) -> None:
+        """Undo as WISE does, with what the edits are asked by."""
+        if not self.is_prepared:  # loaded from a saved run
+            self.start()
+        super().undo(edit_id)
+
     def forget_pool(self, pool: int) -> None:
         """Drop a pool; the thresholds of the others are found again."""
         self.memory.drop([pool])
@@ -81,8 +87,7 @@ class Windowed(WISE):
         self.made = {e.id: e for e in edits if e.id in self.memory.pools.homes}
         with self.lm.unedited():
             self.health.adds_up = adds_up(self.lm, self.site)
-        nothing: Found = torch.zeros(0, 0, dtype=torch.float32), [], [], {}
-        self.health.kept, self.health.found = {}, nothing
+        self.health.kept, self.health.found = {}, NOTHING
         self.health.know(self.made)
         for pool in range(len(self.memory.pools)):
             super()._measure(pool)

@@ -44,12 +44,14 @@ Costs: one D x F matrix in fp32 for each pool (Llama-3-8B: 235 MB), with `mask: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from editkit.edits import Edit
-from editkit.methods.shard_training import Fit
+from editkit.lm.rows import SiteRows
+from editkit.methods.shard_training import Fit, Lesson
 from editkit.methods.shards import Mask, merged
 from editkit.methods.side import SideEdit
 
@@ -68,6 +70,7 @@ class WISE(SideEdit):
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
         """Descend on the open shard; close and merge shards when it is time."""
+        self.check_made()
         pool = self._open_pool()
         if pool is None:
             self.mask_seed = self.draw_seed()
@@ -116,6 +119,10 @@ class WISE(SideEdit):
         for pool in range(len(self.memory.pools)):
             self._measure(pool)
 
+    def lesson(self, edits: list[Edit], beside: Sequence[int] = ()) -> Lesson:
+        """Return the rows of edits and what they are held against, run to the site."""
+        return self._released_lesson(edits) if self.compat else super().lesson(edits, beside)
+
     def stream_state(self) -> dict[str, Any]:
         """Return where the shards stand."""
         names = ("mask_seed", "in_shard", "unmerged")
@@ -128,6 +135,29 @@ class WISE(SideEdit):
             setattr(self, name, value)
 
     # private
+
+    def _released_lesson(self, edits: list[Edit]) -> Lesson:
+        """Return a lesson as released: all rows in one batch, padded on the left."""
+        others: list[str] = []
+        for edit in edits:
+            given = list(edit.negatives)[: self.fitting.irrelevant]
+            drawn = self._draw(self.fitting.irrelevant - len(given), edit)
+            others += given + [self.unrelated[i] for i in drawn]
+        fronts = ["", *(f"{context} " for context in self.contexts or [])]
+        cut = [text.rpartition(" ") for text in others]
+        if any(not head for head, _, _ in cut):
+            raise ValueError(f"unrelated texts of one word among {others}; compat needs two")
+        n = len(edits) * len(fronts)
+        rows = SiteRows(
+            self.lm,
+            self.site,
+            self.adds_up,
+            [f + e.prompt for e in edits for f in fronts] + [head for head, _, _ in cut],
+            [e.target for e in edits for _ in fronts] + [tail for _, _, tail in cut],
+            self.append_eos,
+            padding="left",
+        )
+        return Lesson(rows, len(edits), len(fronts), rows.inputs_BTF[n:], rows.tokens.prompt_BT[n:])
 
     def _open_pool(self) -> int | None:
         """Return the pool that is being written."""

@@ -161,6 +161,43 @@ def test_saved_and_loaded_in_a_fresh_model_gives_equal_logits(make, edits, tmp_p
     assert again.ledger == lm.ledger
 
 
+def test_a_loaded_run_goes_on_and_undoes_as_the_run_that_was_saved(make, edits, tmp_path):
+    lm = edited(make, edits)
+    lm.save(tmp_path / "run")
+    again = editkit.load_edited(tmp_path / "run", trust=True)
+    before = state(again.method)
+    refused = ""
+    try:
+        again.edit_batch(edits[3:])
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert "go on from its checkpoint" in refused
+        assert same_bits(state(again.method), before)
+        return
+    lm.edit_batch(edits[3:])
+    assert nearly_same(again, lm)
+    assert is_undone(again, 3) == is_undone(lm, 3)
+    assert nearly_same(again, lm)
+
+
+def nearly_same(one, other):
+    """Scores that are found again in another batch are not the same bits."""
+    one, other = state(one.method), state(other.method)
+    return one.keys() == other.keys() and all(
+        one[k].shape == other[k].shape and torch.allclose(one[k].double(), other[k].double())
+        for k in one
+    )
+
+
+def is_undone(lm, edit_id):
+    try:
+        lm.undo(edit_id)
+    except UndoError:
+        return False
+    return lm.ledger[edit_id]["undone"]
+
+
 def test_resumed_run_ends_where_a_straight_run_ends(make, edits, tmp_path):
     straight = train(make(), edits, tmp_path / "a")
     train(make(), edits, tmp_path / "b", max_steps=2)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import editkit
 from editkit.adapters.side import SideRouting
 from editkit.api import EditedLM
 from editkit.edits import Edit
@@ -387,6 +388,20 @@ def test_an_edit_that_waits_is_undone_and_a_merged_one_refused(make):
     shared = next(i for i in range(4) if i not in lm.method.waiting)
     with pytest.raises(UndoError, match=f"cannot undo edit {shared}: it shares its weights"):
         lm.undo(shared)
+
+
+def test_a_loaded_run_fills_its_window_and_undoes(make, tmp_path):
+    lm = make(regroup=TOGETHER)
+    write(lm, STREAM[:3])
+    lm.save(tmp_path / "run")
+    again, other = (editkit.load_edited(tmp_path / "run") for _ in range(2))
+    for one in (lm, again):
+        one.edit_batch(STREAM[3:4])
+    assert state(lm).keys() == state(again).keys()
+    assert all(torch.allclose(v.double(), state(again)[k].double()) for k, v in state(lm).items())
+    assert again.method.counted() == pytest.approx(lm.method.counted())
+    other.undo(0)
+    assert sorted(other.method.memory.pools.homes) == sorted(other.method.made) == [1, 2]
 
 
 def test_an_edit_of_the_same_prompt_takes_the_old_ones_place(make):

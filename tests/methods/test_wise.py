@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
 import editkit
+from editkit.adapters.io import CONFIG
 from editkit.adapters.side import SideRouting
 from editkit.api import EditedLM
 from editkit.edits import Edit, Probe
@@ -290,6 +293,35 @@ def test_merged_pools_survive_saving(make, edits, tmp_path):
     again = editkit.load_edited(tmp_path / "run", trust=True)
     prompts = [e.prompt for e in edits]
     assert torch.equal(logits(again, prompts), logits(lm, prompts))
+
+
+def test_a_loaded_run_closes_and_merges_shards_as_the_one_that_was_saved(make, edits, tmp_path):
+    lm = make(shards=Shards(density=0.3, save=1, merge=3))
+    for edit in edits[:2]:
+        lm.edit_batch([edit])
+    lm.save(tmp_path / "run")
+    again = editkit.load_edited(tmp_path / "run")
+    for one in (lm, again):
+        one.edit_batch(edits[2:3])
+    assert len(pools(again)) == 1
+    assert torch.equal(pools(again).deltas, pools(lm).deltas)
+    assert again.method.made == lm.method.made
+
+
+def test_pools_without_their_edits_are_left_alone(make, edits, tmp_path):
+    lm = make(shards=Shards(density=0.3, save=1, merge=4))
+    lm.edit_batch(edits[:1])
+    lm.save(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / CONFIG).read_text())
+    for name in ("stream", "generator"):
+        del config[name]  # as runs were saved before
+    (tmp_path / "run" / CONFIG).write_text(json.dumps(config))
+    again = editkit.load_edited(tmp_path / "run")
+    for change in (lambda: again.undo(0), lambda: again.edit_batch(edits[1:2])):
+        with pytest.raises(ValueError, match="saved without them: go on from its checkpoint"):
+            change()
+    assert torch.equal(pools(again).deltas, pools(lm).deltas)
+    assert not again.ledger[0]["undone"]
 
 
 @pytest.mark.parametrize(
