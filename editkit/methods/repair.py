@@ -89,6 +89,7 @@ class REPAIR(Windowed):
         """Write edits into a shard of their own, or into a pool with those that fill a window."""
         self.check_made()
         before, made, numbers = self.memory.pools.tables, dict(self.made), {}
+        kept, found, deferred = self.health.kept, self.health.found, dict(self.deferred)
         try:
             edits = self.make_room(edits)
             if len(self.waiting) + len(as_asked(edits)) < self.shards.merge:
@@ -97,7 +98,8 @@ class REPAIR(Windowed):
             else:
                 numbers = {"false_activations": self._integrate(self.admit(edits))}
         except BaseException:  # as if the edits had not come
-            self.memory.pools.tables, self.made = before, made
+            self.memory.pools.tables, self.made, self.deferred = before, made, deferred
+            self.health.kept, self.health.found = kept, found
             raise
         return numbers | self.counted()
 

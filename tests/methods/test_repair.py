@@ -432,6 +432,18 @@ def test_an_edit_that_diverges_leaves_all_as_it_was(make):
     assert len(lm.ledger) == 2
 
 
+def test_what_an_edit_that_failed_was_known_by_is_not_taken_for_the_next(make, monkeypatch):
+    lm = make()
+    write(lm, STREAM[:1])
+    kept, found = dict(lm.method.health.kept), lm.method.health.found
+    with monkeypatch.context() as patch:
+        patch.setattr(lm.method.health, "place", lambda pool: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lm.edit_batch(STREAM[1:2])
+    assert lm.method.health.kept == kept
+    assert all(a is b or a == b for a, b in zip(lm.method.health.found, found, strict=True))
+
+
 def test_a_pool_is_placed_so_that_known_edits_find_their_own(make):
     lm = make(routing=SideRouting(over="last", pick="typical"), regroup=TOGETHER, loop=NO_LOOP)
     write(lm, STREAM[:5])
