@@ -191,11 +191,17 @@ class REPAIR(Windowed):
         ids = own + [i for i in wrong if i not in own and i not in waiting]
         robbed = self.homes_of(ids[len(own) :])
         tried = self.tried.get(name, 0)
-        self.train_window(ids, MORE_STEPS**tried, may_leave=False)
-        self.measure_again(robbed)
-        after, claims = self.health.wrong(), self.false_activations()
         self.tried[name] = tried + 1
         self.rebuilt += 1
+        try:
+            self.train_window(ids, MORE_STEPS**tried, may_leave=False)
+            self.measure_again(robbed)
+        except ValueError as error:  # the edits stand as they were
+            log.warning("pool %d of %d edits not rebuilt: %s", name, len(own), error)
+            self.refused += 1
+            pools.tables, self.health.found = before
+            return wrong, false
+        after, claims = self.health.wrong(), self.false_activations()
         is_better = len(after) < len(wrong) and set(after) <= set(wrong) and claims <= false
         log.info(
             "pool %d of %d edits rebuilt and %s: %d edits failed, %d do; claims of unrelated "

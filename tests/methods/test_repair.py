@@ -321,6 +321,22 @@ def test_what_the_loop_thinks_is_what_the_model_answers(traced):
     assert list(routes.values()) == slots
 
 
+def test_a_rebuilding_that_diverges_is_refused_and_the_edits_stay(make, monkeypatch):
+    lm = make(loop=NO_LOOP, regroup=TOGETHER)
+    write(lm, STREAM[:4])
+    before, wrong = state(lm), lm.method.health.wrong()
+
+    def diverge(*args, **kwargs):
+        lm.method.memory.drop([0])
+        raise ValueError("loss is nan: lower lr")
+
+    monkeypatch.setattr(lm.method, "train_window", diverge)
+    assert lm.method._rebuild(0, wrong, 0.0) == (wrong, 0.0)
+    assert (lm.method.rebuilt, lm.method.refused, lm.method.accepted) == (1, 1, 0)
+    assert list(lm.method.tried.values()) == [1]
+    assert all(torch.equal(v, before[k]) for k, v in state(lm).items())
+
+
 def test_the_budget_ends_the_loop(make):
     loop = Loop(prune=0.01, errors=0, retries=9, budget=2.0)
     lm = make(fitting=FEW_STEPS, loop=loop)
