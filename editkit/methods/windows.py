@@ -99,9 +99,12 @@ class Windowed(WISE):
         latest = {e.prompt: e for e in edits}
         gone = [i for i, e in self.made.items() if e.prompt in latest]
         if gone:
+            left = self.homes_of(gone)
             self.made = {i: e for i, e in self.made.items() if i not in gone}
             self.memory.pools.evict(gone)
             self.memory.drop_empty()
+            self.health.know(self.made)
+            self.measure_again(left)
         return list(latest.values())
 
     def write_apart(self, edits: list[Edit]) -> Fit:

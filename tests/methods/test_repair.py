@@ -431,6 +431,17 @@ def test_an_edit_of_the_same_prompt_takes_the_old_ones_place(make):
         lm.undo(0)
 
 
+def test_a_pool_that_an_edit_left_is_measured_by_those_that_stay(make):
+    lm = make(regroup=TOGETHER, loop=NO_LOOP)
+    lm.edit_batch(STREAM[:4])
+    pools, health = lm.method.memory.pools, lm.method.health
+    lowest = int(health.own_scores(0).argmin())
+    lm.edit_batch([Edit(4, STREAM[lowest].prompt, "Bern")])
+    own_E = health.own_scores(0)
+    assert len(own_E) == 3
+    assert torch.equal(pools.floor_P[0], own_E.min())
+
+
 def test_wise_merge_is_not_for_repair(make):
     with pytest.raises(ValueError, match="retrieve is false"):
         make(shards=Shards(retrieve=False))
