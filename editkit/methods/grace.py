@@ -129,6 +129,15 @@ class GRACE(MemoryEdit):
         edit_ids = self.memory.edit_K.tolist()
         return [None if slot < 0 else edit_ids[slot] for slot in slot_B.tolist()]
 
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the ledger's entries of edits that stand; of one prompt only the latest does.
+
+        An older one has its key again where the later one was taken back.
+        """
+        latest = {e["prompt"]: e["edit_id"] for e in self.ledger if not e.get("rolled_back")}
+        held = {*latest.values(), *self.memory.edit_K.tolist()}
+        return [e for e in super().standing() if e["edit_id"] in held]
+
     def edit(self, edits: list[Edit]) -> dict[str, float]:
         """Place the edits among the keys, and teach each its answer there."""
         memory, rows = self.memory, self.rows(edits)

@@ -180,6 +180,11 @@ class SideEdit(MemoryEdit):
 
     # who lives where
 
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the ledger's entries of edits that stand: those that live in a pool."""
+        homes = self.memory.pools.homes
+        return [e for e in super().standing() if e["edit_id"] in homes]
+
     def enrol(self, edits: list[Edit], pool: int) -> None:
         """Let edits live in a pool."""
         own = as_asked(edits)

@@ -275,11 +275,13 @@ def test_a_prompt_edited_again_is_as_if_only_the_later_edit_had_been_made(make, 
     lm.edit_batch([again])
     fresh.edit_batch([again])
     assert answered(lm, [e.prompt for e in edits]) == [0, 7, 2, 3]
+    assert [entry["edit_id"] for entry in lm.edits] == [0, 2, 3, 7]
     assert len(lm.method.memory.values) == 4
     assert alike(lm.method.memory.values.detach()[3], fresh.method.memory.values.detach()[0])
     assert lm.ledger[4]["loss_after"] == pytest.approx(fresh.ledger[0]["loss_after"], rel=1e-4)
     lm.undo(7)
     assert answered(lm, [edits[1].prompt]) == [1]
+    assert [entry["edit_id"] for entry in lm.edits] == [0, 1, 2, 3]
 
 
 # mistakes

@@ -427,6 +427,7 @@ def test_an_edit_of_the_same_prompt_takes_the_old_ones_place(make):
     lm.edit_batch([again])
     assert sorted(lm.method.made) == [1, 2]
     assert is_right(lm, [again, STREAM[1]]) == [True, True]
+    assert [entry["edit_id"] for entry in lm.edits] == [1, 2]
     with pytest.raises(UndoError, match="has given its place to a later edit"):
         lm.undo(0)
 
