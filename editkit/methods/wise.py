@@ -54,6 +54,7 @@ from editkit.lm.rows import SiteRows
 from editkit.methods.shard_training import Fit, Lesson
 from editkit.methods.shards import Mask, merged
 from editkit.methods.side import SideEdit
+from editkit.methods.wordings import as_asked
 
 OLD, NEW = 0.6, 0.4  # weights of what was merged before and of the shards in WISE-Merge
 
@@ -87,7 +88,7 @@ class WISE(SideEdit):
             "inside": float(fit.inside_E.mean()),
             "outside": float(fit.outside_E.mean()),
         }
-        self.in_shard += len(edits)
+        self.in_shard += len(as_asked(edits))
         if self.in_shard >= self.shards.save:
             self._close(pool)
             if self.unmerged * self.shards.save >= self.shards.merge:
@@ -171,13 +172,15 @@ class WISE(SideEdit):
 
     def _lower_floor(self, pool: int, edits: list[Edit], fit: Fit) -> None:
         """Let the pool's smallest score be that of the new edits where these are below it."""
-        pools = self.memory.pools
-        own_E = fit.inside_E if self.compat else self.own_scores(edits, pool)
+        pools, own = self.memory.pools, [*as_asked(edits).values()]
+        own_E = fit.inside_E[: len(own)] * self.unit
+        if not self.compat:
+            own_E = self.own_scores(own, pool)
         pools.floor_P[pool].clamp_(max=float(own_E.min()))
         pools.typical_P[pool] = (
             own_E.mean()
             if self.in_shard == 0
-            else pools.typical_P[pool].lerp(own_E.mean(), len(edits) / (self.in_shard + len(edits)))
+            else pools.typical_P[pool].lerp(own_E.mean(), len(own) / (self.in_shard + len(own)))
         )
         if self.compat and not self.shards.retrieve:  # as released: one smallest score for all
             pools.floor_P.fill_(float(pools.floor_P.min()))

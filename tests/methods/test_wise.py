@@ -199,6 +199,23 @@ def test_thresholds_are_found_again_after_merging(make, edits):
 # routing
 
 
+def test_a_shard_is_closed_after_so_many_edits_whatever_their_wordings(make, edits):
+    lm = make(paraphrases=1)
+    lm.edit_batch(edits[:1])
+    assert lm.method.in_shard == 1
+    assert torch.equal(pools(lm).floor_P, lm.method.own_scores(edits[:1], 0))
+    lm.edit_batch(edits[1:2])
+    assert (lm.method.in_shard, lm.method.unmerged) == (0, 1)
+
+
+def test_the_released_floors_are_scores_in_any_units(make, edits):
+    lm = make(compat=True)
+    lm.method.unit *= 10
+    lm.edit_batch(edits[:1])
+    ratio = float(pools(lm).floor_P / lm.method.own_scores(edits[:1], 0))
+    assert 1 / 3 < ratio < 3  # of rows behind prefixes too, before the last step
+
+
 def test_a_memory_without_change_is_the_base_bit_for_bit(make, edits):
     lm = make()
     before = logits(lm, OTHERS)
