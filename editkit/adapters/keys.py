@@ -119,16 +119,24 @@ class MaskKeys(nn.Module):
         return found_BK.long().argmax(1).where(found_BK.any(1), -1)
 
     def add_slots(self, bits_EW: Tensor, edit_ids: Sequence[int], texts: Sequence[int]) -> None:
-        """Let different prompts belong to edits: as new slots, or in place where they have one.
+        """Let prompts belong to edits: as new slots, or in place where they have one.
 
-        A prompt that was another wording of an older edit is that no longer.
+        A prompt that was another wording of an older edit is that no longer. One that is named
+        several times is taken once.
         """
+        once = [i for i, text in enumerate(texts) if texts.index(text) == i]
+        bits_EW, edit_ids, texts = (
+            bits_EW[once],
+            [edit_ids[i] for i in once],
+            [texts[i] for i in once],
+        )
         slot_E = self.slots_of(texts)
         edit_E, text_E = self.edit_K.new_tensor(edit_ids), self.text_K.new_tensor(texts)
         is_new_E = slot_E < 0
         for slot, edit_id in zip(slot_E[~is_new_E], edit_E[~is_new_E], strict=True):
             self.edit_K = self.edit_K.where(self.slot_K != slot, edit_id)
-        self._keep(self._is_slot | ~torch.isin(self.text_K, text_E))
+        is_own_K = self.text_K[self.slot_K] == self.text_K  # also where it was moved to
+        self._keep(is_own_K | ~torch.isin(self.text_K, text_E))
         place_A = torch.arange(int(is_new_E.sum())).to(slot_E) + len(self)
         self._append(bits_EW[is_new_E], edit_E[is_new_E], place_A, text_E[is_new_E])
 

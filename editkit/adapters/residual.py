@@ -90,7 +90,7 @@ class ResidualMemory(RoutedLayer):
         self.register_buffer("tau", torch.tensor(start, device=device, dtype=torch.float32))
         self._shared_N: Tensor | None = None  # ones each held-out prompt shares with its best key
         self._copy: Tensor | None = None
-        self._before: _Before | None = None
+        self.before: _Before | None = None
 
     # from prompts to routes
 
@@ -187,7 +187,7 @@ class ResidualMemory(RoutedLayer):
             raise ValueError("refusing to write values that are not finite: lower lr")
         touched_C = columns_C if shrink == 1 else torch.arange(self.shape_oi[1]).to(columns_C)
         before_DC = self.memory[:, touched_C]
-        self._before = _Before(
+        self.before = _Before(
             self.keys.tables, self.shield.gram_FF, touched_C, before_DC, self.is_written
         )
         if shrink != 1:
@@ -198,12 +198,12 @@ class ResidualMemory(RoutedLayer):
     @torch.no_grad()
     def take_back(self) -> bool:
         """Undo the newest write and all keys since, bit for bit; False where that is not known."""
-        if self._before is None:
+        if self.before is None:
             return False
-        self.keys.tables = self._before.tables
-        self.shield.gram_FF = self._before.gram_FF
-        self.memory[:, self._before.columns_C] = self._before.values_DC
-        self.is_written = self._before.was_written
+        self.keys.tables = self.before.tables
+        self.shield.gram_FF = self.before.gram_FF
+        self.memory[:, self.before.columns_C] = self.before.values_DC
+        self.is_written = self.before.was_written
         self.forget_history()
         return True
 
@@ -214,7 +214,7 @@ class ResidualMemory(RoutedLayer):
 
     def forget_history(self) -> None:
         """Note that keys went: nothing can be taken back, and tau is to be found from all keys."""
-        self._before = self._shared_N = None
+        self.before = self._shared_N = None
         self.changed()
 
     def calibrate(self, added_AW: Tensor | None = None) -> float:

@@ -64,3 +64,29 @@ def unrelated_prompts(lm: EditableLM, source: str | None, count: int, seed: int)
     rng.shuffle(texts)
     opened = [" ".join(text.split()[: rng.randint(SHORTEST, LONGEST)][:-1]) for text in texts]
     return [text for text in opened if text and len(lm.policy.ids([text])[0]) <= lm.max_positions]
+
+
+def shared_prompts(
+    lm: EditableLM, source: str | None, wanted: tuple[int, int], seed: int
+) -> tuple[list[str], list[str]]:
+    """Return unrelated prompts for two uses; of few texts each gets its share, but one at least.
+
+    Args:
+        lm: As `unrelated_prompts` takes it, like `source` and `seed`.
+        source: Corpus.
+        wanted: Prompts that each use would have; 0 leaves it without.
+        seed: Seed.
+
+    Raises:
+        ValueError: If there is not one for each use.
+    """
+    prompts = unrelated_prompts(lm, source, sum(wanted), seed)
+    n = len(prompts) * wanted[0] // sum(wanted)
+    if all(wanted):
+        if len(prompts) < 2:
+            raise ValueError(
+                f"the corpus {source!r} gives {len(prompts)} unrelated prompts, and two are the "
+                "least: name one with more texts, of two words at least, as `corpus`"
+            )
+        n = min(max(n, 1), len(prompts) - 1)
+    return prompts[:n], prompts[n:]

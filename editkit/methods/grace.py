@@ -51,6 +51,7 @@ from editkit.lm.rows import SiteRows
 from editkit.lm.site_values import SiteValues
 from editkit.methods.base import UndoError
 from editkit.methods.memory import MemoryEdit, text_hashes, wordings
+from editkit.methods.wordings import as_asked
 
 INITS = ("cold", "warm")
 
@@ -129,14 +130,11 @@ class GRACE(MemoryEdit):
         edit_ids = self.memory.edit_K.tolist()
         return [None if slot < 0 else edit_ids[slot] for slot in slot_B.tolist()]
 
-    def standing(self) -> list[dict[str, Any]]:
-        """Return the ledger's entries of edits that stand; of one prompt only the latest does.
-
-        An older one has its key again where the later one was taken back.
-        """
+    @property
+    def held(self) -> set[int]:
+        """Edits that have a key, and of each prompt the latest, which another's key may cover."""
         latest = {e["prompt"]: e["edit_id"] for e in self.ledger if not e.get("rolled_back")}
-        held = {*latest.values(), *self.memory.edit_K.tolist()}
-        return [e for e in super().standing() if e["edit_id"] in held]
+        return {*latest.values(), *self.memory.edit_K.tolist()}
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
         """Place the edits among the keys, and teach each its answer there."""
@@ -149,7 +147,7 @@ class GRACE(MemoryEdit):
         values_KD = torch.cat([memory.values.detach(), start_ED])[places.kept_K]
         losses_E, steps = self._teach(edits, rows, values_KD, places.key_E)
         memory.write(places.book, values_KD, places.kept_K)
-        self.newest = [e.id for e in edits]
+        self.newest = [*as_asked(edits)]
         found_E = memory.route(x_ETF, prompt_ET).slot_B.cpu()
         is_found_E = (found_E == places.key_E) & (found_E >= 0)
         numbers = {"steps": float(steps), "loss": float(losses_E.nanmean())}

@@ -23,7 +23,8 @@ Deviations:
       The release takes one edit at a time.
     - An edited prompt is known by its text, not by bit-equality of masks. Edited again, it keeps
       its columns and changes its answer.
-    - Padding is told by the attention mask; the twelfth, unused row of the release is dropped.
+    - Padding is told by the attention mask, BOS counts in the mean as released (there is no option
+      to leave it out); the twelfth, unused row of the release is dropped.
 
 Beyond the paper: with `shield` s, an edit's gradient G is turned to G (1 + s C)^-1 before it is
 clipped, C being the second moments of the masked inputs from which earlier answers are read, of
@@ -31,10 +32,9 @@ trace 1 for each edit (`Shield`, `functional.solve.turned_away`). Old answers th
 edit undone stays in C; one made again is not held back by what it wrote. C costs F^2 fp32
 (Llama-3-8B: 822 MB) and an edit k^3 / 3 operations.
 
-Undo is exact where locality is concerned: the edit's keys go, and its prompts are routed as if it
-had never been made, to the base model bit for bit where no other edit answers. The newest edit is
-also taken out of W_m, bit for bit. What an older one wrote stays in the columns it shares with
-edits that were trained on top of it; taking it out would change their answers.
+Undo is exact where locality is concerned: the edit's keys go, its prompts are routed as if it had
+never been made, to the base bit for bit where no other edit answers. The newest, made alone, also
+leaves W_m bit for bit. What an older one wrote stays in columns that later edits trained on.
 
 Costs: F / 8 bytes of mask per edit (Llama-3-8B: 1.8 kB); W_m once (235 MB fp32 there).
 """
@@ -50,13 +50,15 @@ from torch import Tensor, nn
 from editkit.adapters.keys import Routing
 from editkit.adapters.residual import ResidualMemory
 from editkit.edits import Edit
-from editkit.lm.openings import unrelated_prompts
+from editkit.lm.openings import shared_prompts
 from editkit.lm.rows import SiteRows
 from editkit.methods.base import UndoError
 from editkit.methods.column_search import RELEASED_DECAY, descend_columns
 from editkit.methods.memory import MemoryEdit, text_hashes, wordings
+from editkit.methods.wordings import as_asked, undisputed
 
 PUBLISHED = Routing()
+Rephrases = tuple[list[int], list[int], Tensor]  # their edits, hashes and masks
 
 
 class MEMOIR(MemoryEdit):
@@ -128,11 +130,6 @@ class MEMOIR(MemoryEdit):
         """Ids of the edits that the memory answers with, in order."""
         return sorted(set(self.memory.keys.edit_K.tolist()))
 
-    def standing(self) -> list[dict[str, Any]]:
-        """Return the ledger's entries of edits that stand; of one prompt only the latest does."""
-        held = set(self.held)
-        return [e for e in super().standing() if e["edit_id"] in held]
-
     def prepare(self) -> None:
         """Write prefixes; centre and calibrate on unrelated prompts, where that is not done yet."""
         super().prepare()
@@ -152,31 +149,38 @@ class MEMOIR(MemoryEdit):
     def edit(self, edits: list[Edit]) -> dict[str, float]:
         """Descend on the columns of the batch, then let the prompts be keys to them.
 
-        Of two edits of one prompt in a batch the later one is made.
+        Of two edits of one prompt in a batch the later is made; repeats share a mask and a key.
         """
-        by_text = dict(zip(text_hashes(self.lm, [e.prompt for e in edits]), edits, strict=True))
-        texts, edits = list(by_text), list(by_text.values())
-        keys = self.memory.keys
-        mask_EW = self._masks([e.prompt for e in edits])
+        texts, keys = text_hashes(self.lm, [e.prompt for e in edits]), self.memory.keys
+        kept = undisputed(edits, texts)
+        edits, texts = [edits[i] for i in kept], [texts[i] for i in kept]
+        mask_EW = self._masks([e.prompt for e in edits])[[texts.index(text) for text in texts]]
         shield_E = [self.shield] * len(edits)
         for i, slot in enumerate(keys.slots_of(texts).tolist()):
             if slot >= 0:  # edited again: the same columns
                 mask_EW[i], shield_E[i] = keys.bits_KW[slot], 0.0
-        rows = self.rows(edits)
+        further, rows = self._rephrases(edits), self.rows(edits)
         columns = self.memory.columns(mask_EW, shield_E)
         losses_E, steps = descend_columns(
             rows, columns, self.steps, self.lr, self.clip, self.stop_below, self.compat
         )
         shrink = (1 - self.lr * RELEASED_DECAY) ** steps if self.compat else 1.0
-        self.memory.write(columns.used_C, columns.values_DC, shrink)
-        self.newest = [e.id for e in edits]
-        keys.add_slots(mask_EW, self.newest, texts)
-        if self.shield:
-            self.memory.shield.add(*columns.read(rows.inputs_BTF, rows.tokens.predicts_BT))
-        numbers = {"steps": float(steps), "loss": float(losses_E.mean())}
-        numbers["self_match"] = self._self_match(edits, rows)
-        added_AW, rates = self._add_rephrases(edits)
-        numbers["false_activations"] = self.memory.calibrate(torch.cat([mask_EW, added_AW]))
+        before = self.memory.before
+        try:
+            self.memory.write(columns.used_C, columns.values_DC, shrink)
+            keys.add_slots(mask_EW, [e.id for e in edits], texts)
+            if self.shield:
+                self.memory.shield.add(*columns.read(rows.inputs_BTF, rows.tokens.predicts_BT))
+            numbers = {"steps": float(steps), "loss": float(losses_E.mean())}
+            numbers["self_match"] = self._self_match(edits, rows)
+            rates = self._add_rephrases(further)
+            numbers["false_activations"] = self.memory.calibrate(torch.cat([mask_EW, further[2]]))
+        except BaseException:  # as if the edits had not come
+            if self.memory.before is not before:
+                self.memory.take_back()
+                self.memory.calibrate()
+            raise
+        self.newest = [*as_asked(edits)]
         return numbers | rates | {"tau": float(self.memory.tau), "memory_norm": self.memory.norm}
 
     def undo(self, edit_id: int) -> None:
@@ -187,8 +191,7 @@ class MEMOIR(MemoryEdit):
         """
         if edit_id not in self.held:
             raise UndoError(
-                f"MEMOIR cannot undo edit {edit_id}: its prompt was edited again and has one "
-                "answer; undo the later edit"
+                f"MEMOIR cannot undo edit {edit_id}: its prompt was edited again; undo that edit"
             )
         if self.newest != [edit_id] or not self.memory.take_back():
             self.memory.forget(edit_id)
@@ -211,35 +214,35 @@ class MEMOIR(MemoryEdit):
 
     def _unrelated(self) -> tuple[list[str], list[str]]:
         """Return unrelated prompts: those that the centre is found from, and those held out."""
-        count = self.routing.background + self.routing.held_out
-        prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
-        # a short corpus is shared out in the same proportion
-        n = len(prompts) * self.routing.background // count
-        return prompts[:n], prompts[n:]
+        wanted = self.routing.background, self.routing.held_out
+        return shared_prompts(self.lm, self.corpus, wanted, self.seed)
 
     def _self_match(self, edits: list[Edit], rows: SiteRows) -> float:
         """Return the share of the prompts that, as they stand among the rows, find their edits."""
         first = torch.arange(0, len(rows.tokens.ids_BT), len(rows.tokens.ids_BT) // len(edits))
-        route = self.memory.route(rows.inputs_BTF[first], rows.tokens.prompt_BT[first])
-        found = self.owners(route.slot_B)
+        asked = rows.inputs_BTF[first], rows.tokens.prompt_BT[first]
+        found = self.owners(self.memory.route(*asked).slot_B)
         return sum(a == e.id for a, e in zip(found, edits, strict=True)) / len(edits)
 
-    def _add_rephrases(self, edits: list[Edit]) -> tuple[Tensor, dict[str, float]]:
-        """Let the rephrases be keys; return their masks, and how they were routed before."""
-        asked = [(edit.id, text) for edit in edits for text in edit.rephrases]
-        if not (self.rephrase_keys and asked):
-            return self.memory.keys.bits_KW[:0], {}
-        owners, texts = [i for i, _ in asked], [text for _, text in asked]
-        mask_AW, hashes = self._masks(texts), text_hashes(self.lm, texts)
+    def _rephrases(self, edits: list[Edit]) -> Rephrases:
+        """Return the rephrases that are to be keys."""
+        own = as_asked(edits).values() if self.rephrase_keys else ()
+        ids, texts = [e.id for e in own for _ in e.rephrases], [t for e in own for t in e.rephrases]
+        return ids, text_hashes(self.lm, texts), self._masks(texts)
+
+    def _add_rephrases(self, further: Rephrases) -> dict[str, float]:
+        """Let rephrases be keys; return how they were routed before."""
+        owners, hashes, mask_AW = further
+        if not owners:
+            return {}
         found = self.owners(self.memory.route_masks(mask_AW).slot_B)
-        rejected = sum(edit_id is None for edit_id in found)
         own = sum(a == b for a, b in zip(found, owners, strict=True))
         for edit_id in dict.fromkeys(owners):
             mine = [i for i, owner in enumerate(owners) if owner == edit_id]
             self.memory.keys.add_wordings(mask_AW[mine], edit_id, [hashes[i] for i in mine])
-        wrong = len(found) - rejected - own
-        rates = {"rephrases_rejected": rejected, "rephrases_wrong": wrong}
-        return mask_AW, {name: count / len(found) for name, count in rates.items()}
+        rejected = found.count(None)
+        counts = {"rejected": rejected, "wrong": len(found) - rejected - own}
+        return {f"rephrases_{name}": count / len(found) for name, count in counts.items()}
 
     def _masks(self, prompts: Sequence[str]) -> Tensor:
         """Return the packed masks of prompts [B, W]."""

@@ -7,7 +7,7 @@ are routed: a scored row says which edit answered it, and every validation logs 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -65,6 +65,11 @@ class MemoryEdit(EditModule):
     def make_memory(self, base_layer: nn.Module) -> RoutedLayer:
         """Build the memory around the site's layer."""
 
+    @property
+    @abstractmethod
+    def held(self) -> Collection[int]:
+        """Ids of the edits that the memory answers for."""
+
     @abstractmethod
     def owners(self, slot_B: Tensor) -> list[int | None]:
         """Return the edit that owns each slot of the memory; None for slot -1."""
@@ -105,6 +110,11 @@ class MemoryEdit(EditModule):
                 owners = self.owners(route.slot_B)
                 found += map(Answerer, owners, route.match_B.tolist())
             return ranks.gather_list(found, len(prompts))
+
+    def standing(self) -> list[dict[str, Any]]:
+        """Return the ledger's entries of edits that stand and have not given their place away."""
+        held = set(self.held)
+        return [e for e in super().standing() if e["edit_id"] in held]
 
     def rekey(self, edits: list[Edit]) -> None:
         """Find the keys of edits again where their prompts lie now, the base having changed.
@@ -169,6 +179,6 @@ def wordings(edits: Sequence[Edit]) -> list[str]:
 
 def text_hashes(lm: EditableLM, prompts: Sequence[str]) -> list[int]:
     """Return what prompts are known by: hashes of their ids, as int64 has room for."""
-    rows = lm.policy.pieces(list(prompts))[0]
+    rows = lm.policy.pieces(list(prompts))[0] if prompts else []
     digests = [blake2b(repr(row).encode(), digest_size=8).digest() for row in rows]
     return [int.from_bytes(digest, "big", signed=True) for digest in digests]

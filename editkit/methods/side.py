@@ -18,7 +18,7 @@ from editkit.adapters.side import SideMemory, SideRouting
 from editkit.edits import Edit, Probe
 from editkit.functional.routing import mean_norms
 from editkit.lm.activation import activation
-from editkit.lm.openings import unrelated_prompts
+from editkit.lm.openings import shared_prompts
 from editkit.methods.base import UndoError
 from editkit.methods.memory import MemoryEdit
 from editkit.methods.shard_training import Fit, Lesson, Wanted, train_shard
@@ -74,11 +74,9 @@ class SideEdit(MemoryEdit):
     def prepare(self) -> None:
         """Write prefixes; read unrelated prompts, and the norm of the output there."""
         super().prepare()
-        count = HELD_OUT + UNRELATED
-        prompts = unrelated_prompts(self.lm, self.corpus, count, self.seed)
-        n = len(prompts) * HELD_OUT // count  # a short corpus is shared out in this proportion
-        self.quiet, self.unrelated = list(self.inputs(prompts[:n])), prompts[n:]
-        self.unrelated_TF = self._read(prompts[n:])
+        wanted = HELD_OUT, UNRELATED
+        held_out, self.unrelated = shared_prompts(self.lm, self.corpus, wanted, self.seed)
+        self.quiet, self.unrelated_TF = list(self.inputs(held_out)), self._read(self.unrelated)
         norms = [mean_norms(self.memory.base_layer(x), prompt) for x, prompt in self.quiet]
         self.unit = float(torch.cat(norms).mean()) if self.margins.relative else 1.0
 
@@ -180,10 +178,10 @@ class SideEdit(MemoryEdit):
 
     # who lives where
 
-    def standing(self) -> list[dict[str, Any]]:
-        """Return the ledger's entries of edits that stand: those that live in a pool."""
-        homes = self.memory.pools.homes
-        return [e for e in super().standing() if e["edit_id"] in homes]
+    @property
+    def held(self) -> dict[int, int]:
+        """Edits that live in a pool, and its index."""
+        return self.memory.pools.homes
 
     def enrol(self, edits: list[Edit], pool: int) -> None:
         """Let edits live in a pool."""

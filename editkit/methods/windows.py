@@ -19,7 +19,7 @@ from editkit.methods.health import NOTHING, Health
 from editkit.methods.shard_training import Fit
 from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged
 from editkit.methods.wise import WISE
-from editkit.methods.wordings import as_asked, expanded
+from editkit.methods.wordings import as_asked, expanded, undisputed
 
 AS_RESOLVED = Distillation(weight=1.0), Regroup(), Merge()
 
@@ -96,8 +96,9 @@ class Windowed(WISE):
 
     def make_room(self, edits: list[Edit]) -> list[Edit]:
         """Let go of edits whose prompts are edited again; of several in a batch the last stays."""
-        latest = {e.prompt: e for e in edits}
-        gone = [i for i, e in self.made.items() if e.prompt in latest]
+        edits = [edits[i] for i in undisputed(edits, [e.prompt for e in edits])]
+        asked = {e.prompt for e in edits}
+        gone = [i for i, e in self.made.items() if e.prompt in asked]
         if gone:
             left = self.homes_of(gone)
             self.made = {i: e for i, e in self.made.items() if i not in gone}
@@ -105,7 +106,7 @@ class Windowed(WISE):
             self.memory.drop_empty()
             self.health.know(self.made)
             self.measure_again(left)
-        return list(latest.values())
+        return edits
 
     def write_apart(self, edits: list[Edit]) -> Fit:
         """Write edits into a shard of their own."""

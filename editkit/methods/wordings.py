@@ -7,6 +7,7 @@ same number of repeats costs as much and is the control. The probes of an edit a
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 from editkit.edits import Edit
@@ -49,3 +50,25 @@ def as_asked(edits: list[Edit]) -> dict[int, Edit]:
     for edit in edits:
         found.setdefault(edit.id, edit)
     return found
+
+
+def undisputed(edits: list[Edit], texts: Sequence[Hashable]) -> list[int]:
+    """Return the `expanded` rows, as indices, whose prompts no other edit of the batch answers.
+
+    A prompt belongs to the edit whose own it is before those that have it for a wording, and to a
+    later edit before an earlier one. An edit that loses its own prompt is not made at all.
+
+    Args:
+        edits: Rows.
+        texts: What their prompts are known by.
+    """
+    own: dict[int, Hashable] = {}
+    for edit, text in zip(edits, texts, strict=True):
+        own.setdefault(edit.id, text)
+    owner = {text: edit.id for edit, text in zip(edits, texts, strict=True)}
+    owner |= {text: edit_id for edit_id, text in own.items()}
+    return [
+        i
+        for i, (edit, text) in enumerate(zip(edits, texts, strict=True))
+        if owner[text] == owner[own[edit.id]] == edit.id
+    ]

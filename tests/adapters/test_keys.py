@@ -48,6 +48,18 @@ def test_a_prompt_edited_again_keeps_slot_mask_and_wordings(keys, bits):
     assert 8 not in keys.edit_K.tolist()
 
 
+def test_a_prompt_edited_again_keeps_the_key_that_it_was_moved_to(keys, bits):
+    keys.move(bits[5:6], [80])
+    keys.add_slots(bits[[1]], [20], [80])
+    assert owners(keys, bits[[1, 5]]) == [(20, 80), (20, 80)]
+
+
+def test_a_prompt_named_several_times_is_one_slot(keys, bits):
+    keys.add_slots(bits[[5, 6, 5]], [20, 21, 20], [100, 110, 100])
+    assert keys.edit_K.tolist() == [7, 8, 9, 8, 8, 20, 21]
+    assert keys.slots_of([100, 110]).tolist() == [5, 6]
+
+
 def test_a_wording_that_becomes_a_prompt_belongs_to_the_new_edit(keys, bits):
     keys.add_slots(bits[[3]], [20], [81])
     assert owners(keys, bits[[1, 3, 4]]) == [(8, 80), (20, 81), (8, 80)]

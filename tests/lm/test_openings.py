@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from editkit.lm.editable import EditableLM
-from editkit.lm.openings import unrelated_prompts, written
+from editkit.lm.openings import shared_prompts, unrelated_prompts, written
 from editkit.lm.spec import LMSpec
 
 TEXTS = [f"text {i} tells of a town where nobody ever was" for i in range(30)]
@@ -29,6 +29,17 @@ def test_prompts_are_openings_of_the_texts_without_their_last_word(lm, tmp_path)
         assert len(prompt.split()) >= 5
     assert prompts == unrelated_prompts(lm, str(corpus), 20, seed=0)
     assert prompts != unrelated_prompts(lm, str(corpus), 20, seed=1)
+
+
+def test_of_few_texts_each_use_gets_one_and_of_one_text_none(lm, tmp_path):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("\n".join(TEXTS[:10]))
+    found = shared_prompts(lm, str(corpus), (100, 1000), seed=0)
+    assert [len(part) for part in found] == [1, 9]
+    assert [len(part) for part in shared_prompts(lm, str(corpus), (0, 1000), seed=0)] == [0, 10]
+    corpus.write_text(TEXTS[0])
+    with pytest.raises(ValueError, match="gives 1 unrelated prompts, and two are the least"):
+        shared_prompts(lm, str(corpus), (100, 1000), seed=0)
 
 
 def test_the_base_models_own_corpus_comes_first_and_else_the_model_writes(lm, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -304,6 +305,46 @@ def test_a_failed_edit_leaves_nothing_behind(make, edits):
         lm.edit_batch(edits[1:2])
     after = lm.method.memory.edit_state()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_an_edit_refused_for_its_rephrase_leaves_nothing_behind(make, edits):
+    lm = make(rephrase_keys=True)
+    lm.edit_batch(edits[:1])
+    before = {k: v.clone() for k, v in lm.method.memory.edit_state().items()}
+    with pytest.raises(ValueError, match="exceeds"):
+        lm.edit_batch([replace(edits[1], rephrases=("town " * 200,))])
+    after = lm.method.memory.edit_state()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    lm.undo(0)  # is still the newest
+    assert not memory(lm).any()
+
+
+def test_an_edit_interrupted_while_it_is_written_is_taken_back(make, edits, monkeypatch):
+    lm = make()
+    lm.edit_batch(edits[:1])
+    before = {k: v.clone() for k, v in lm.method.memory.edit_state().items()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lm.method, "_self_match", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        lm.edit_batch(edits[1:2])
+    after = lm.method.memory.edit_state()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_repeats_are_rows_of_one_mask_and_one_key(make, edits):
+    once, twice = make(steps=1), make(steps=1, repeats=1)
+    for lm in (once, twice):
+        lm.edit_batch(edits[:1])
+        assert len(lm.method.memory.keys) == 1
+    assert torch.allclose(memory(twice), 2 * memory(once), atol=1e-6)
+    twice.undo(0)  # the newest, made alone
+    assert not memory(twice).any()
+
+
+def test_an_edits_own_prompt_is_not_answered_by_anothers_wording(make, edits):
+    lm = make(paraphrases=1)
+    first = replace(edits[0], rephrases=(edits[1].prompt,))
+    lm.edit_batch([first, edits[1]])
+    assert answered(lm, [edits[0].prompt, edits[1].prompt]) == [0, 1]
 
 
 def test_export_is_refused_by_the_layers_name(make, edits, tmp_path):

@@ -5,7 +5,7 @@ import torch
 
 from editkit.api import load
 from editkit.edits import Edit
-from editkit.methods.wordings import expanded
+from editkit.methods.wordings import expanded, undisputed
 
 EDITS = [Edit(i, f"p{i}", f"t{i}", rephrases=(f"p{i}a", f"p{i}b")) for i in range(2)]
 
@@ -16,6 +16,19 @@ def test_wordings_of_one_edit_stand_apart_and_keep_its_id_and_target():
     assert [(e.id, e.target) for e in rows] == [(0, "t0"), (1, "t1")] * 3
     assert expanded(EDITS, 0, 2) == EDITS * 3
     assert expanded(EDITS, 0, 0) == EDITS
+
+
+def test_a_prompt_belongs_to_the_edit_whose_own_it_is_and_to_the_latest_of_those():
+    def kept(*edits):
+        rows = expanded(list(edits), 1, 1)
+        found = [rows[i] for i in undisputed(rows, [row.prompt for row in rows])]
+        return [(row.id, row.prompt) for row in found]
+
+    one, other = Edit(0, "p", "t", rephrases=("q",)), Edit(1, "q", "u", rephrases=("r",))
+    assert kept(one, other) == [(0, "p"), (1, "q"), (0, "p"), (1, "q"), (1, "r")]
+    assert kept(other, one) == [(1, "q"), (0, "p"), (1, "q"), (0, "p"), (1, "r")]
+    again = Edit(2, "p", "v", rephrases=("s",))
+    assert kept(one, again) == [(2, "p"), (2, "p"), (2, "s")]
 
 
 @pytest.mark.parametrize("method", ["ft", "lora", "memoir"])
