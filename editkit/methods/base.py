@@ -43,7 +43,9 @@ class EditModule(StreamModule, ABC):
         evaluation: How probes are scored.
         seed: Seed of whatever the method samples.
         paraphrases: Rephrases of each edit to write with it, as if each were an edit of its own.
-        repeats: How often to write each edit once more, a control of equal cost for paraphrases.
+        repeats: How often to write each edit once more, as further rows: a control of equal cost
+            for paraphrases. Methods that average over rows (FT, LoRA) or have learnt the edit by
+            then (GRACE, ROME) gain nothing by it.
     """
 
     why_no_undo = "its edits share weights, so one cannot be taken out without the others"

@@ -29,6 +29,10 @@ from editkit.functional.regression import Rules
 from editkit.functional.spectral import Penalty
 from editkit.lm.sites import Site
 from editkit.methods.locate import LocateThenEdit
+from editkit.methods.value_search import ValueSearch
+
+
+AS_PUBLISHED = ValueSearch(rank_stop=2)
 
 
 class ENCORE(LocateThenEdit):
@@ -38,6 +42,8 @@ class ENCORE(LocateThenEdit):
         ridge: Weight of the corpus against the keys (paper: lambda).
         norm_weight: Weight of the change's squared norm (paper: lambda_n).
         queue: LyapLock's queue on top, reconstructed; none leaves the ridge as it is.
+        search: How the value of an edit is searched for.
+        corpus_texts: Texts of the corpus to measure on.
     """
 
     def __init__(
@@ -45,9 +51,11 @@ class ENCORE(LocateThenEdit):
         ridge: float,
         norm_weight: float,
         queue: QueueSettings | None = None,
+        search: ValueSearch = AS_PUBLISHED,
+        corpus_texts: int = 10_000,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(search=search, corpus_texts=corpus_texts, **kwargs)
         self.ridge = ridge
         self.norm_weight = norm_weight
         self.queue = queue

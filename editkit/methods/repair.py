@@ -26,12 +26,14 @@ Deviations from the paper, which leaves much open:
     - An edit of a batch that is done leaves the descent, with its rows; all are looked at again
       when all have left, and those that others have moved since go on.
     - Each batch gets a fresh shard. Assignment by largest score, as printed, sends all to one.
-    - Prompts of other edits, those of the same window first, are half of the unrelated texts.
+    - Where an edit brings too few `negatives` for `fitting.irrelevant`, prompts of other edits,
+      those of the same window first, fill up at most half of the unrelated texts.
     - r_j counts all edits that live in j. Counted among failures alone, as printed, it is 1.
     - A pruned pool is trained from zero with new masks; noise, as printed, makes it claim anything.
     - A rebuilt pool is taken only if fewer edits fail, no edit fails that did not, and not more of
-      the held-out unrelated prompts are claimed; else all is put back, bit for bit. A pool is tried
-      `loop.retries` times, with half as many steps again each time, within `loop.budget`.
+      the held-out unrelated prompts are claimed; else all is put back, bit for bit. A pool, not an
+      edit, is tried `loop.retries` times, with half as many steps again each time, within
+      `loop.budget`. A rebuilding that diverges is one that was refused.
     - Distillation is of the direction in which a prompt moves the output, not of features, which
       no gradient reaches, nor of logits: edits of a batch have different answers.
     - Weights that sum to one would shrink a change that stands alone; the disjoint mean does not.
@@ -44,7 +46,9 @@ Counted, logged, and told in the summary and the report: windows and edits train
 accepted and refused, edits that find their own pool, another or none, and edits that fail, whose
 number no rebuilding may raise.
 
-Undo is exact while an edit has a shard to itself; one that is merged is refused.
+Undo drops the shard of an edit that has one to itself: what it wrote is gone exactly, thresholds
+are found again from the edits that stay. Those that were trained beside it stay as they were held
+apart from it. An edit that shares its shard, or is merged, is refused.
 
 Costs: beside WISE's, each edit that comes alone is trained twice, and its inputs and states at the
 site are kept (Llama-3-8B in bf16, 30 tokens: 1.1 MB) to check it without running the model below.
@@ -55,9 +59,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from editkit.adapters.side import SideRouting
 from editkit.edits import Edit
 from editkit.methods.health import NOTHING, worst_pool
-from editkit.methods.shards import Loop
+from editkit.methods.shards import Fitting, Loop, Shards
 from editkit.methods.windows import Windowed
 from editkit.methods.wordings import as_asked
 
@@ -65,7 +70,12 @@ MORE_STEPS = 1.5  # at each retry
 WINDOW_TRIES = 3
 COUNTS = ("windows", "trained", "rebuilt", "accepted", "refused")
 TRIED = ("deferred", "tried")
-AS_RESOLVED = Loop()
+AS_RESOLVED = (
+    Loop(),
+    Shards(save=5, merge=15),
+    SideRouting(over="last", pick="typical"),
+    Fitting(steps=30, lr=0.9, irrelevant=2),
+)
 log = logging.getLogger(__name__)
 
 
@@ -74,10 +84,20 @@ class REPAIR(Windowed):
 
     Args:
         loop: When pools are pruned and rebuilt.
+        shards: Masks, shards and merging.
+        routing: When a pool answers.
+        fitting: How a shard is descended on.
     """
 
-    def __init__(self, loop: Loop = AS_RESOLVED, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        loop: Loop = AS_RESOLVED[0],
+        shards: Shards = AS_RESOLVED[1],
+        routing: SideRouting = AS_RESOLVED[2],
+        fitting: Fitting = AS_RESOLVED[3],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(shards=shards, routing=routing, fitting=fitting, **kwargs)
         self.loop = loop
         self.tau = loop.correct
         self.deferred: dict[int, int] = {}  # windows that an edit has waited for

@@ -31,10 +31,17 @@ from editkit.functional.spectral import Penalty
 from editkit.lm.sites import Site
 from editkit.methods.locate import LocateThenEdit
 from editkit.methods.targets import SubjectRows, Values, Weights
+from editkit.methods.value_search import ValueSearch
+
+
+AS_PUBLISHED = ValueSearch(steps=20, clamp=4.0)
 
 
 class ROME(LocateThenEdit):
     """Writes one fact at a time into one layer.
+
+    Args:
+        search: How the value of an edit is searched for.
 
     Raises:
         ValueError: If more than one layer is named.
@@ -45,8 +52,8 @@ class ROME(LocateThenEdit):
     prompt_weights: ClassVar[Weights] = "flat"
     prefix_plan: ClassVar[tuple[tuple[int, int], ...]] = ((10, 5), (10, 10))
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, search: ValueSearch = AS_PUBLISHED, **kwargs: Any) -> None:
+        super().__init__(search=search, **kwargs)
         if self.layers is not None and len(self.layers) != 1:
             raise ValueError(f"ROME edits one layer, got layers {self.layers}; name one")
 

@@ -27,7 +27,7 @@ from editkit.methods.wordings import as_asked
 from editkit.metrics.evaluate import ProbeRow
 
 HELD_OUT, UNRELATED = 200, 300  # prompts that tell of false activations, and to train against
-PUBLISHED = Shards(), Margins(), SideRouting(), Fitting()
+AS_WISE = Shards(), Margins(0.05, 0.5, 0.25, relative=True), SideRouting(), Fitting(30, 0.9)
 
 
 class SideEdit(MemoryEdit):
@@ -49,10 +49,10 @@ class SideEdit(MemoryEdit):
 
     def __init__(
         self,
-        shards: Shards = PUBLISHED[0],
-        margins: Margins = PUBLISHED[1],
-        routing: SideRouting = PUBLISHED[2],
-        fitting: Fitting = PUBLISHED[3],
+        shards: Shards = AS_WISE[0],
+        margins: Margins = AS_WISE[1],
+        routing: SideRouting = AS_WISE[2],
+        fitting: Fitting = AS_WISE[3],
         corpus: str | None = None,
         compat: bool = False,
         **kwargs: Any,

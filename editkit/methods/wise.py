@@ -34,7 +34,9 @@ Deviations:
       `finish`, in the release by the first call for inference. Replay, off in all published
       settings, and the masks of texts that contain the subject are left out.
     - `compat` trains as released: left padding, the unrelated text among the rows, one token too
-      many in each row's mean, its stopping rule, its decay and its scores.
+      many in each row's mean, its stopping rule, all of W' under `fitting.weight_decay`, thresholds
+      from training. Its scores, margins and picks are settings of their own, which
+      experiments/method/wise_released.yaml has all together.
 
 Undo is exact where an edit has a pool to itself; otherwise it shares weights and is refused.
 

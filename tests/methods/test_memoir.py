@@ -323,8 +323,12 @@ def test_an_edit_interrupted_while_it_is_written_is_taken_back(make, edits, monk
     lm = make()
     lm.edit_batch(edits[:1])
     before = {k: v.clone() for k, v in lm.method.memory.edit_state().items()}
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lm.method, "_self_match", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm.method, "_self_match", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         lm.edit_batch(edits[1:2])
     after = lm.method.memory.edit_state()
     assert all(torch.equal(after[k], v) for k, v in before.items())

@@ -321,7 +321,7 @@ def test_a_loaded_run_closes_and_merges_shards_as_the_one_that_was_saved(make, e
     for one in (lm, again):
         one.edit_batch(edits[2:3])
     assert len(pools(again)) == 1
-    assert torch.equal(pools(again).deltas, pools(lm).deltas)
+    assert torch.allclose(pools(again).deltas, pools(lm).deltas, atol=1e-5)  # read in other batches
     assert again.method.made == lm.method.made
 
 
