@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PARALLEL = 0.9995  # cosine from which an arc is its chord
-
 
 def loss_weights(losses_S: Tensor, alpha: float) -> Tensor:
     """Weigh shards by how well they learned, exp(-alpha L_i) / sum_j exp(-alpha L_j) (section 2.5).
@@ -56,42 +54,6 @@ def ties_merge(
     is_plus_DF = (weights_S11 * deltas_SDF).sum(0) >= 0
     agrees_SDF = torch.where(is_plus_DF, deltas_SDF > 0, deltas_SDF < 0)
     return _disjoint_mean(deltas_SDF, weights_S11, agrees_SDF)
-
-
-def printed_merge(deltas_SDF: Tensor, weights_S: Tensor) -> Tensor:
-    """REPAIR's Alg. 4 to the letter: sum_i w_i tau_i where signs agree, else the winner [D, F].
-
-    With weights that sum to one it shrinks a change that stands alone by its weight.
-    """
-    deltas_SDF = _precise(deltas_SDF)
-    weights_S11 = _align(weights_S, deltas_SDF)
-    return torch.where(
-        _are_in_conflict(deltas_SDF),
-        _winner(deltas_SDF, weights_S11),
-        (weights_S11 * deltas_SDF).sum(0),
-    )
-
-
-def linear_merge(deltas_SDF: Tensor, weights_S: Tensor | None = None) -> Tensor:
-    """Weighted mean of all weight changes [D, F]; no weights weigh all alike."""
-    deltas_SDF = _precise(deltas_SDF)
-    weights_S11 = _uniform(deltas_SDF) if weights_S is None else _align(weights_S, deltas_SDF)
-    return (weights_S11 * deltas_SDF).sum(0) / weights_S11.sum()
-
-
-def slerp(start_DF: Tensor, end_DF: Tensor, share: float) -> Tensor:
-    """Walk a share of the arc from one weight change to another [D, F] (Shoemake 1985).
-
-    The chord where the two are all but parallel, or one of them is zero.
-    """
-    start_DF, end_DF = _precise(start_DF), _precise(end_DF)
-    size = start_DF.norm() * end_DF.norm()
-    cosine = (start_DF * end_DF).sum() / size if size else torch.ones_like(size)
-    if cosine.abs() > PARALLEL:
-        return torch.lerp(start_DF, end_DF, share)
-    angle = cosine.acos()
-    left, right = ((1 - share) * angle).sin(), (share * angle).sin()
-    return (left * start_DF + right * end_DF) / angle.sin()
 
 
 def trim(deltas_SDF: Tensor, density: float) -> Tensor:

@@ -31,7 +31,6 @@ from editkit.lm.sites import Site
 from editkit.methods.locate import LocateThenEdit
 from editkit.methods.value_search import ValueSearch
 
-
 AS_PUBLISHED = ValueSearch(rank_stop=2)
 
 

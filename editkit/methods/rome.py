@@ -33,7 +33,6 @@ from editkit.methods.locate import LocateThenEdit
 from editkit.methods.targets import SubjectRows, Values, Weights
 from editkit.methods.value_search import ValueSearch
 
-
 AS_PUBLISHED = ValueSearch(steps=20, clamp=4.0)
 
 

@@ -7,14 +7,7 @@ import torch
 from peft.utils.merge_utils import ties
 from safetensors.torch import load_file
 
-from editkit.functional.merge import (
-    linear_merge,
-    loss_weights,
-    printed_merge,
-    slerp,
-    ties_merge,
-    trim,
-)
+from editkit.functional.merge import loss_weights, ties_merge, trim
 
 
 @pytest.fixture
@@ -41,8 +34,6 @@ def by_loop(deltas, weights, density=1.0, rule="elect"):
         agreeing = [i for i in range(shards) if column[i] * sign > 0]
         if rule != "elect" and is_split:
             merged.append(column[size.index(max(size))])
-        elif rule == "printed":
-            merged.append(total)
         else:
             share = sum(weights[i] for i in agreeing)
             merged.append(sum(weights[i] * column[i] for i in agreeing) / share if share else 0.0)
@@ -61,10 +52,6 @@ def test_three_vectors_worked_by_hand():
     assert torch.allclose(ties_merge(WORKED, heavy_S, density=1.0), want)
     # the winners of the split entries are -4 and, first of two equals, 1
     assert ties_merge(WORKED, density=1.0, conflict="winner").tolist() == [[3.0, -4.0, 5.0, 1.0]]
-    # as printed: halves and quarters of what agrees, winners in full (2 * 3 > 1 * 4)
-    printed = printed_merge(WORKED, torch.tensor([0.5, 0.25, 0.25]))
-    assert printed.tolist() == [[2.5, 3.0, 1.25, 1.0]]
-    assert torch.allclose(linear_merge(WORKED)[0, :2], torch.tensor([2.0, -2 / 3]))
 
 
 def test_trimming_keeps_the_largest_magnitudes_of_each_change():
@@ -91,14 +78,6 @@ def test_ties_is_the_loop_in_float64(density, rule, generator):
     assert torch.allclose(ties_merge(deltas, 7 * weights, density, rule), found, rtol=1e-13)
 
 
-def test_alg_4_as_printed_is_the_loop_in_float64(generator):
-    deltas = torch.randn(3, 5, 9, generator=generator, dtype=torch.float64)
-    deltas *= torch.rand(3, 5, 9, generator=generator) < 0.5
-    weights = loss_weights(torch.tensor([0.3, 0.1, 2.0]).double(), 1.0)
-    found = printed_merge(deltas, weights)
-    assert torch.allclose(found, by_loop(deltas, weights, rule="printed"), rtol=1e-13, atol=0)
-
-
 @pytest.mark.parametrize("conflict", ["elect", "winner"])
 def test_changes_under_disjoint_masks_merge_to_their_sum(conflict, generator):
     owner_DF = torch.randint(0, 3, (8, 16), generator=generator)
@@ -107,8 +86,6 @@ def test_changes_under_disjoint_masks_merge_to_their_sum(conflict, generator):
     )
     weights = loss_weights(torch.tensor([0.1, 1.0, 3.0]), 1.0)
     assert torch.allclose(ties_merge(deltas, weights, conflict=conflict), deltas.sum(0), rtol=1e-6)
-    # as printed they shrink
-    assert printed_merge(deltas, weights).norm() < 0.95 * deltas.sum(0).norm()
 
 
 def test_loss_weights_are_a_softmax_and_alpha_zero_is_stock_ties(generator):
@@ -127,18 +104,6 @@ def test_merging_in_half_precision_is_reckoned_in_fp32(generator):
     merged = ties_merge(deltas, torch.tensor([0.2, 0.3, 0.5]))
     assert merged.dtype == torch.float32
     assert torch.allclose(merged.double(), by_loop(deltas, [0.2, 0.3, 0.5], 0.53), rtol=1e-5)
-
-
-def test_slerp_walks_the_arc(generator):
-    one, other = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    third = slerp(one, other, 1 / 3)
-    assert torch.allclose(third, torch.tensor([[3**0.5 / 2, 0.5]]), atol=1e-6)
-    left, right = torch.randn(2, 3, 4, generator=generator)
-    assert torch.allclose(slerp(left, right, 0.0), left, atol=1e-6)
-    assert torch.allclose(slerp(left, right, 1.0), right, atol=1e-6)
-    # parallel ones, and a zero, are joined by the chord
-    assert torch.allclose(slerp(left, 3 * left, 0.5), 2 * left)
-    assert torch.allclose(slerp(torch.zeros_like(right), right, 0.25), right / 4)
 
 
 def test_ties_is_the_released_code_s(shared):
