@@ -4,9 +4,9 @@ Which slot of the memory answers a row is decided once, from the tokens of its p
 while the row decodes. An answer that is forced on the model has no say in it, nor have padding
 and batch-mates.
 
-Outside `EditableLM` (the Hugging Face model called by itself) nobody says which tokens are prompt:
-a pass of several tokens is taken for prompt from end to end, padding included; a pass of one token
-continues the last prompt where that had as many rows, and is a prompt of its own otherwise.
+Where the Hugging Face model is called by itself, as by its own `generate`, nobody says which tokens
+are prompt: what its attention mask counts is, in a pass of several tokens or of the first one of a
+row (`tell_prompts`); a single token behind others continues the last prompt.
 
 Legend: D layer output, F layer input, B rows, R rows that the memory answers, T tokens.
 """
@@ -16,10 +16,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from editkit.adapters.base import EditLayer
+from editkit.adapters.base import EditLayer, Scope
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,37 @@ def groups_of(slot_R: Tensor) -> list[tuple[int, Tensor]]:
     slot_G, count_G = slot_R.unique(return_counts=True)
     rows_G = slot_R.argsort(stable=True).split(count_G.tolist())
     return list(zip(slot_G.tolist(), rows_G, strict=True))
+
+
+def tell_prompts(model: nn.Module, scope: Scope) -> None:
+    """Tell a scope what is prompt in those passes of a Hugging Face model that nobody else tells.
+
+    Args:
+        model: The model.
+        scope: Scope of its layers.
+    """
+
+    def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else kwargs.get("input_ids")
+        given = kwargs.get("inputs_embeds") if given is None else given
+        if scope.prompt_BT is not None or given is None:
+            return
+        size, mask = given.shape[1], kwargs.get("attention_mask")
+        if size > 1 or not _holds_tokens(kwargs.get("past_key_values")):
+            is_by_token = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= size
+            counted_BT = mask[:, -size:] if is_by_token else given.new_ones(given.shape[:2])
+            scope.prompt_BT = counted_BT.bool()
+
+    def end(*given: Any) -> None:
+        scope.prompt_BT = None
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(end, always_call=True)
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a cache has seen tokens; transformers 4 has tuples for some models."""
+    return bool(cache if cache is None or isinstance(cache, tuple) else cache.get_seq_length())
 
 
 class RoutedLayer(EditLayer):

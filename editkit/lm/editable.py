@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from editkit.adapters.base import EditLayer, Scope, attach, disabled, edit_layers
+from editkit.adapters.routed import tell_prompts
 from editkit.lm.blocks import bypass, record_output_type, select_head_rows, tap
 from editkit.lm.load import load_pretrained, resolve_dtype
 from editkit.lm.reading import decode_ids
@@ -53,6 +54,7 @@ class EditableLM(nn.Module):
         self.spec = spec
         self.policy = TokenPolicy(tokenizer, spec.chat_template)
         self.scope = Scope()
+        tell_prompts(model, self.scope)
         self.sites: list[Site] = find_sites(model)
         self.blocks: list[nn.Module] = list(find_blocks(model)[1])
         self.ends: dict[

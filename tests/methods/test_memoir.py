@@ -194,6 +194,23 @@ def test_the_bare_model_generates_the_same(make, edits):
         assert text.removeprefix(" ") == lm.generate(prompt, max_new_tokens=6, stop=())
 
 
+def test_the_bare_model_routes_padded_rows_and_first_tokens(make, edits):
+    lm = make(routing={"tau": 0.9})
+    lm.edit_batch(edits[:2])
+    prompts, model = [edits[0].prompt, OTHERS[1], OTHERS[3], edits[1].prompt], lm.lm.model
+    rows = lm.lm.tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+    given = {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]}
+    whole = model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=2)
+    new = whole[:, given["input_ids"].shape[1] :]
+    found = lm.lm.tokenizer.batch_decode(new, skip_special_tokens=True)
+    assert [text.removeprefix(" ") for text in found] == lm.generate(prompts, 6, stop=())
+    with torch.no_grad():
+        found = model(input_ids=torch.zeros(4, 1, dtype=torch.long)).logits
+        with lm.unedited():
+            base = model(input_ids=torch.zeros(4, 1, dtype=torch.long)).logits
+    assert torch.equal(found, base)
+
+
 def test_thresholds_rise_with_the_keys_and_keep_the_rate(make, edits):
     lm = make(routing={"held_out": 200, "false_positives": 0.05})
     found = [lm.edit_batch([edit]) for edit in edits]
