@@ -52,7 +52,7 @@ def test_a_module_imports_only_from_its_own_or_lower_floors(path):
 
 def test_methods_do_not_import_each_other_or_data():
     families = {"base", "steps", "artefact", "locate", "targets", "memory", "column_search"}
-    families |= {"side", "shards", "shard_training", "health", "wordings"}
+    families |= {"side", "shards", "shard_training", "health", "wordings", "value_search"}
     # a method that is another one with parts added
     parents = {"windows": {"wise"}, "repair": {"windows"}}
     for path in (PACKAGE / "methods").glob("*.py"):

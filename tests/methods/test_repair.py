@@ -155,6 +155,20 @@ def test_wordings_of_an_edit_are_trained_with_it_and_are_no_edits(make):
 # the descent
 
 
+def test_repeats_are_trained_with_an_edit_that_is_written_apart(make, monkeypatch):
+    lm, seen = make(repeats=1), []
+    lesson = lm.method.lesson
+
+    def count(edits, beside=()):
+        seen.append(len(edits))
+        return lesson(edits, beside)
+
+    monkeypatch.setattr(lm.method, "lesson", count)
+    lm.edit_batch(STREAM[:1])
+    assert seen == [2]
+    assert lm.method.memory.pools.edit_M.tolist() == [0]
+
+
 def test_part_of_a_lesson_is_what_it_was_in_the_whole(make):
     lm = make()
     lesson = lm.method.lesson(STREAM[:4])
