@@ -84,8 +84,9 @@ def tell_prompts(model: nn.Module, scope: Scope) -> None:
             return
         size, mask = given.shape[1], kwargs.get("attention_mask")
         if size > 1 or not _holds_tokens(kwargs.get("past_key_values")):
-            is_by_token = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= size
-            counted_BT = mask[:, -size:] if is_by_token else given.new_ones(given.shape[:2])
+            counted_BT = given.new_ones(given.shape[:2])
+            if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= size:
+                counted_BT = mask[:, -size:]
             scope.prompt_BT = counted_BT.bool()
 
     def end(*given: Any) -> None:
