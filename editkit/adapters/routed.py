@@ -76,10 +76,14 @@ def tell_prompts(model: nn.Module, scope: Scope) -> None:
         model: The model.
         scope: Scope of its layers.
     """
+    told: Tensor | None = None
 
     def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal told
         given = args[0] if args else kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if given is None else given
+        if scope.prompt_BT is told:  # of a pass that was interrupted
+            scope.prompt_BT = None
         if scope.prompt_BT is not None or given is None:
             return
         size, mask = given.shape[1], kwargs.get("attention_mask")
@@ -87,7 +91,7 @@ def tell_prompts(model: nn.Module, scope: Scope) -> None:
             counted_BT = given.new_ones(given.shape[:2])
             if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= size:
                 counted_BT = mask[:, -size:]
-            scope.prompt_BT = counted_BT.bool()
+            scope.prompt_BT = told = counted_BT.bool()
 
     def end(*given: Any) -> None:
         scope.prompt_BT = None
