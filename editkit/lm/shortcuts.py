@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError
 def find_shortcuts(lm: EditableLM, edit: EditRows, site: Site, path: str, first: int) -> Shortcuts:
     """Return the first of the known shortcuts whose logits are those of plain passes.
 
+    Tried in the dtype of the weights, out of autocast, whose rounding would hide what a shortcut
+    does wrong; so the answer holds for passes of every precision.
+
     Args:
         lm: Model; the answer is kept there.
         edit: Rows to try it on.
@@ -46,20 +50,26 @@ def find_shortcuts(lm: EditableLM, edit: EditRows, site: Site, path: str, first:
         return rows.logits(change_1D)[rows.lead_N.argsort(stable=True)]  # one order for all
 
     if lm.shortcuts is None:
-        plain_NV = logits(PLAIN)
-        rounding = 1e-3 if lm.model.dtype == torch.float32 else 5e-2
-
-        def agree(shortcuts: Shortcuts) -> bool:
-            try:
-                missed_NV = logits(shortcuts) - plain_NV
-            except REFUSALS as error:
-                log.info("%s: %s", shortcuts, error)
-                return False
-            missed = float(missed_NV.norm() / plain_NV.norm())
-            log.info("%s: logits differ by %.1e", shortcuts, missed)
-            return missed <= rounding
-
-        lm.shortcuts = next(filter(agree, TRIED), PLAIN)
+        with torch.autocast(lm.device.type, enabled=False):
+            lm.shortcuts = _tried(lm, logits)
         if lm.shortcuts != TRIED[0]:
             log.warning("%s takes no stored keys and values; edits will be slower", lm.spec.id)
     return lm.shortcuts
+
+
+def _tried(lm: EditableLM, logits: Callable[[Shortcuts], Tensor]) -> Shortcuts:
+    """Return the first shortcuts that change no logits but for rounding."""
+    plain_NV = logits(PLAIN)
+    rounding = 1e-3 if lm.model.dtype == torch.float32 else 5e-2
+
+    def agree(shortcuts: Shortcuts) -> bool:
+        try:
+            missed_NV = logits(shortcuts) - plain_NV
+        except REFUSALS as error:
+            log.info("%s: %s", shortcuts, error)
+            return False
+        missed = float(missed_NV.norm() / plain_NV.norm())
+        log.info("%s: logits differ by %.1e", shortcuts, missed)
+        return missed <= rounding
+
+    return next(filter(agree, TRIED), PLAIN)

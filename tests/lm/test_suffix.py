@@ -164,6 +164,25 @@ def test_a_model_that_ignores_the_cache_gets_the_slower_path_and_right_logits(ti
     assert off(suffixes.logits(change), plain) < 1e-5
 
 
+def test_autocast_hides_no_shortcut_and_lets_no_wrong_one_in(tiny, monkeypatch):
+    lm = EditableLM.load(LMSpec(id=tiny("llama")))
+    rows = encode_edits(lm, EDITS, PREFIXES, "{} is a")
+    tried, plain = [], SuffixRows.logits
+
+    def logits(self, delta):
+        found = plain(self, delta)
+        tried.append(found)
+        return found * 1.01 if self.shortcuts.last else found  # wrong by less than bf16 rounds
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert find_shortcuts(lm, rows[0], lm.site(0), block_path(lm, 1), 2) == Shortcuts()
+        lm.shortcuts = None
+        monkeypatch.setattr(SuffixRows, "logits", logits)
+        found = find_shortcuts(lm, rows[0], lm.site(0), block_path(lm, 1), 2)
+    assert found == Shortcuts(last=False)
+    assert off(tried[1], tried[0]) < 1e-4
+
+
 def test_parts_cost_no_more_than_any_other_cut():
     lengths = [1, 1, 2, 2, 2, 7, 8, 8, 30]
 
