@@ -3,8 +3,8 @@
 The queue Z grows while the preservation loss PL is above its budget D and shrinks below it; the
 penalty is weighted by kappa = a Z. With a = 1 / sqrt(D) and a floor of sqrt(D), the released
 choice, kappa alone tells everything: kappa <- max(kappa + PL / D - 1, 1). Summed up,
-mean(PL) <= D (1 + (kappa_T+1 - kappa_1) / T) at every T, whatever the losses are, as long as no
-`kappa_max` cuts in.
+mean(PL) <= D (1 + (kappa_T+1 - kappa_1) / T) at every T, over the batches from the one on that sets
+D, whatever the losses are, as long as no `kappa_max` cuts in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ class QueueSettings:
 
     Args:
         alpha: Budget in units of the first batch's preservation loss: D = alpha * PL_1.
-        D: Budget of the preservation loss itself; none takes it from alpha.
+        D: Budget of the preservation loss itself; alpha and d_base_edits are then ignored. None
+            takes it from alpha.
         d_base_edits: Number of edits after which PL_1 is taken, so that a stream of single edits
             gets the budget of one in batches; none takes it after the first batch.
         kappa_max: Highest kappa; none leaves it unbounded, as the bound on the mean needs.

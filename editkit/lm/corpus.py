@@ -204,7 +204,11 @@ def _first(error: Exception) -> str:
 
 
 def _from_hub(name: str, count: int, seed: int, folder: Path) -> Corpus:
-    """Return the texts drawn from a dataset of the Hub, now or before."""
+    """Return the texts drawn from a dataset of the Hub, now or before.
+
+    A stream is shuffled shard by shard, through a buffer: a sample takes the texts of as many
+    shards as it needs, in a drawn order, and is not even over the whole dataset.
+    """
     from rich.console import Console
     from rich.progress import track
 

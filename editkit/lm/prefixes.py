@@ -44,7 +44,7 @@ def make_prefixes(
             f"count is {count}, max_tokens is {max_tokens}, top_k is {top_k}; the last two must be "
             "at least 1"
         )
-    rows = lm.policy.ids([SEEDS[i % len(SEEDS)] for i in range(count)])
+    rows = lm.policy.ids([SEEDS[i % len(SEEDS)] for i in range(count)], plain=True)
     unwanted = [i for i in lm.tokenizer.all_special_ids if i is not None]
     while short := [row for row in rows if len(row) < max_tokens]:
         tokens = lm.policy.pad(short, [[] for _ in short], [-1] * len(short)).to(lm.device)

@@ -75,7 +75,7 @@ def encode_edits(
     ]
     rows = [row.ids for row in contexts]
     lm.check_length(lm.policy.pad(rows, [[] for _ in rows], [-1] * len(rows)))
-    anchored = lm.policy.ids([anchor.replace("{}", subject) for subject in subjects])
+    anchored = lm.policy.ids([anchor.replace("{}", subject) for subject in subjects], plain=True)
     ends = lm.policy.template_indices(anchor, subjects)
     return [
         EditRows(contexts[i * len(before) : (i + 1) * len(before)], _anchor(ids, end, len(before)))

@@ -122,14 +122,14 @@ class TokenPolicy:
         """Return what stands between prompt and target: one space, or nothing after a break."""
         return "" if self.chat_template or prompt_text[-1:].isspace() or not prompt_text else " "
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
+    def ids(self, texts: list[str], plain: bool = False) -> list[list[int]]:
         """Encode whole texts, special tokens as the tokenizer adds them, without a closing EOS."""
         if not texts:
             return []
-        # a chat template writes its own special tokens
-        rows = self.tokenizer(texts, add_special_tokens=not self.chat_template)["input_ids"]
-        strip = self.adds_eos and not self.chat_template
-        return [list(row[:-1]) if strip else list(row) for row in rows]
+        # a chat template writes its own special tokens; plain texts have been through none
+        plain = plain or not self.chat_template
+        rows = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+        return [list(row[:-1]) if self.adds_eos and plain else list(row) for row in rows]
 
     def target_ids(self, prompt_texts: list[str], targets: list[str]) -> list[list[int]]:
         """Encode targets as they continue their prompts."""
@@ -163,7 +163,7 @@ class TokenPolicy:
     def template_indices(self, template: str, subjects: list[str]) -> list[int]:
         """Return each subject's last token's index in a template's {}, spaces included (ROME)."""
         head = template.partition("{}")[0]
-        return [len(ids) - 1 for ids in self.ids([head + subject for subject in subjects])]
+        return [len(ids) - 1 for ids in self.ids([head + s for s in subjects], plain=True)]
 
     def _up_to(self, prompt: str, subject: str) -> str:
         """Return the prompt's text up to its subject's end."""

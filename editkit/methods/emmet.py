@@ -4,10 +4,14 @@ Source: Gupta et al. 2024 (arXiv 2403.14236), eq. 12; released code scalable-mod
 unified-model-editing@2f7c65c (emmet/emmet_main.py).
 
 Equation, per layer: Δ = R (K^T C^-1 K + slack I)^-1 K^T C^-1, C = lambda C0. This is MEMIT with a
-ridge of slack * lambda; a single edit has no slack and is exact, as released.
+ridge of slack * lambda; a single edit has no slack and is exact, as released. So is a stream's last
+batch, where one edit is left for it.
 
-Deviations: statistics and solves as MEMIT's; edits with dependent keys and no slack are refused,
-where the released code takes a pseudo-inverse.
+Deviations:
+    - Statistics and solves as MEMIT's; edits with dependent keys and no slack are refused, where
+      the released code takes a pseudo-inverse.
+    - All causal layers of the model are edited where `layers` names none; the released constants
+      (@dabbb96, hparams/EMMET) have one layer: for GPT-J, set `--model.layers=[5]`.
 
 Undo as MEMIT's: the batch is solved again without the edit, with the batch's own slack.
 

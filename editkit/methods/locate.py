@@ -28,7 +28,7 @@ from editkit.functional.regression import NOT_KEPT, Regression, Rules
 from editkit.functional.spectral import Penalty, stabilised
 from editkit.lm.corpus import read_corpus
 from editkit.lm.moments import second_moments
-from editkit.lm.prefixes import make_prefixes
+from editkit.lm.prefixes import make_prefixes, strip_braces
 from editkit.lm.sites import Site
 from editkit.methods.base import EditModule, UndoError
 from editkit.methods.targets import SubjectRows, Values, ValueSearch, Weights
@@ -77,7 +77,7 @@ class LocateThenEdit(EditModule):
         self.corpus_tokens = corpus_tokens
         self.prefixes = prefixes
         self.cache = cache
-        self.contexts = None if prefixes is None else tuple(prefixes)
+        self.contexts = None if prefixes is None else tuple(strip_braces(prefixes))
         self.sites: list[Site] = []
         self.regressions: dict[str, Regression] = {}
         self.saved: dict[str, Any] = {}

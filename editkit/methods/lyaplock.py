@@ -49,7 +49,8 @@ class LyapLock(LocateThenEdit):
         ridge: Weight of the corpus against the keys at kappa = 1 (paper: lambda).
         V: Weight of the edits; only its ratio to the ridge counts.
         alpha: Budget in units of the first batch's preservation loss: D = alpha * PL_1.
-        D: Budget itself, the mean square change of a layer's outputs; none takes it from alpha.
+        D: Budget itself, the mean square change of a layer's outputs; alpha and d_base_edits are
+            then ignored. None takes it from alpha.
         d_base_edits: Number of edits after which PL_1 is taken, so that single edits get the
             budget of batches; none takes it after the first batch.
         kappa_max: Highest kappa; none leaves it unbounded, as the bound on the drift needs.

@@ -44,11 +44,17 @@ class MEMIT(LocateThenEdit):
 
     Args:
         ridge: Weight of the corpus against the new keys (paper: lambda).
-        queue: LyapLock's queue on top, reconstructed; none leaves the ridge as it is.
+        queue: LyapLock's queue on top, reconstructed; none leaves the ridge as it is. Its `history`
+            has nothing to act on here.
     """
 
     def __init__(self, ridge: float, queue: QueueSettings | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if queue is not None and queue.history != "achieved":
+            raise ValueError(
+                f"queue.history is {queue.history!r}, and MEMIT holds no earlier edits at any "
+                "outputs; leave history out, or take LyapLock, which remembers them"
+            )
         self.ridge = ridge
         self.queue = queue
 

@@ -9,7 +9,8 @@ Equation, per layer, at the end: Δ = U diag(s) V^T; each s above the largest si
 becomes log(s) - log(m) + m.
 
 Deviations:
-    - W0 + f(Δ) is written. The released code adds f(Δ) to the edited weights, W0 + Δ + f(Δ).
+    - W0 + f(Δ) is written. The released code adds f(Δ) to the edited weights, W0 + Δ + f(Δ), which
+      is not its equation and edits twice; there is no switch to do so.
     - Statistics and solves as MEMIT's. With `queue` (reconstructed) the change is LyapLock's, with
       its memory of earlier keys; the queue sees the drift before compression.
     - The change before compression is kept in checkpoints, so a stream may be resumed after its

@@ -10,6 +10,8 @@ Equation: Δ = (v - W k') u^T / (u^T k'), u = C0^-1 k, with k the key averaged o
 k' that of the bare prompt; the value v is searched for at the output of the same layer.
 
 Deviations:
+    - Where `layers` names none, the middle one of the model's causal layers is edited; released are
+      5 of GPT-J and Llama-3-8B, 17 of GPT-2 XL.
     - The released code edits the first fact of a batch only; here all are, one after the other,
       each under those before it.
     - C0 is fp64, its inverse a Cholesky solve; the released one is an fp32 inverse.

@@ -28,7 +28,8 @@ class ValueSearch:
         kl: Weight of KL(changed || start) at the subject's last token of "{} is a".
         stop_below: An edit whose total loss is below this takes no further step.
         rank_stop: An edit stops once its target has been the likeliest answer behind all
-            generated prefixes this many times (ENCORE); none never does.
+            generated prefixes this many times (ENCORE), or where there are none behind the bare
+            prompt; none never does.
         micro_batch: Edits that are searched for together; bounds memory, changes no result.
     """
 
@@ -93,7 +94,7 @@ class ValueLoss:
         return total_E, is_done_E
 
     def _nll(self, logits_NV: Tensor, n_edits: int) -> tuple[Tensor, Tensor]:
-        """Return NLL [E], and how many target tokens behind prefixes are not the likeliest [E]."""
+        """Return NLL [E], and how many of the target tokens that rank are not the likeliest [E]."""
         rows = self.rows
         ids_N, is_target_N = rows.target_N, rows.target_N >= 0
         nll_N = F.cross_entropy(logits_NV, ids_N, ignore_index=-1, reduction="none")
@@ -101,7 +102,8 @@ class ValueLoss:
         nll_E = nll_N.new_zeros(n_edits).index_add(0, rows.owner_N, share_N)
         missed_E = torch.zeros_like(nll_E, dtype=torch.long)
         if self.search.rank_stop is not None:
-            missed_N = (logits_NV.argmax(-1) != ids_N) & is_target_N & (rows.lead_N > 0)
+            ranks_N = is_target_N & ((rows.lead_N > 0) | (self.each == 1))
+            missed_N = (logits_NV.argmax(-1) != ids_N) & ranks_N
             missed_E.index_add_(0, rows.owner_N, missed_N.long())
         return nll_E, missed_E
 

@@ -109,6 +109,16 @@ def test_subject_that_occurs_twice_counts_at_its_last_place(tokenizer):
     assert policy.subject_index("Rome and Rome is", "Rome") == once
 
 
+def test_a_text_that_went_through_no_chat_template_has_its_bos(tokenizers):
+    tokenizer = tokenizers("byte_level_bpe")
+    tokenizer.chat_template = TEMPLATE
+    policy, bare = TokenPolicy(tokenizer, chat_template=True), TokenPolicy(tokenizer)
+    assert policy.ids(["Rome is a"], plain=True) == bare.ids(["Rome is a"])
+    assert policy.ids(["Rome is a"])[0] == bare.ids(["Rome is a"])[0][1:]
+    where = [some.template_indices("{} is a", ["Rome"]) for some in (policy, bare)]
+    assert where[0] == where[1]
+
+
 def test_chat_template_wraps_edits_and_probes_alike(tokenizers):
     tokenizer = tokenizers("byte_level_bpe")
     tokenizer.chat_template = TEMPLATE

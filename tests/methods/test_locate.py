@@ -551,6 +551,18 @@ def test_a_queue_survives_a_saved_run(make, edits, tmp_path):
         make(ENCORE, queue={"alpah": 7})
 
 
+def test_memit_refuses_a_history_that_it_does_not_hold(make):
+    with pytest.raises(ValueError, match=r"queue.history is 'desired', and MEMIT .* LyapLock"):
+        make(MEMIT, queue={"history": "desired"})
+    assert make(RECT, queue={"history": "desired"}).method.queue.history == "desired"
+
+
+def test_prefixes_with_text_behind_the_braces_are_refused_before_moments(make, tmp_path):
+    with pytest.raises(ValueError, match=r"prefix 'a town {} is': a prompt stands behind"):
+        make(MEMIT, prefixes=["a town {} is"])
+    assert make(MEMIT, prefixes=["", "a town. {}"]).method.contexts == ("a town. ",)
+
+
 @pytest.mark.parametrize(
     ("cls", "argument", "value"),
     [

@@ -156,6 +156,17 @@ def test_rank_stop_ends_an_edit_whose_target_leads_behind_every_prefix():
             assert leads_everywhere(lm, edit, PREFIXES, delta, 1) == (passes == n)
 
 
+def test_rank_stop_without_prefixes_counts_the_bare_prompt():
+    lm, data = EditableLM.load(LMSpec()), FactWorld(limit=3)
+    data.setup()
+    rows = SubjectRows(lm, data.edits, [], [lm.site(1)], 1)
+    found = rows.find_values(ValueSearch(steps=16, stop_below=-1.0, rank_stop=1))
+    for i, edit in enumerate(data.edits):
+        delta = (found.z_DE - found.init_DE)[:, i]
+        assert int(found.passes_E[i]) > 1
+        assert leads_everywhere(lm, edit, [""], delta, 1)
+
+
 def reference_keys(lm, edits, site):
     """Return keys [E, contexts, F] by one whole pass a context."""
     found = []
