@@ -13,7 +13,7 @@ import torch
 
 from editkit.adapters.io import read_lines, write_lines
 from editkit.data.conflicts import ConflictIndex
-from editkit.edits import Edit, Probe
+from editkit.edits import Edit, Probe, check_ids, next_id
 from editkit.export import export_model, export_peft
 from editkit.lm.load import pick_device, resolve_dtype
 from editkit.lm.spec import LMSpec
@@ -70,10 +70,9 @@ class EditedLM:
         Returns:
             The numbers of this edit, such as `loss_before` and `loss_after`.
         """
-        edit_id = self.method.edits_seen
-        return self.edit_batch(
-            [Edit(edit_id, prompt, target.strip(), subject, tuple(negatives), tuple(rephrases))]
-        )
+        edit_id = next_id(self.ledger, self.method.edits_seen)
+        edit = Edit(edit_id, prompt, target.strip(), subject, tuple(negatives), tuple(rephrases))
+        return self.edit_batch([edit])
 
     def edit_batch(self, edits: list[Edit]) -> dict[str, float]:
         """Write several edits at once, as one step of the method.
@@ -82,8 +81,9 @@ class EditedLM:
         warning names the earlier one.
 
         Raises:
-            ValueError: If a text is empty or a subject is not in its prompt.
+            ValueError: If a text is empty, a subject is not in its prompt or an id is taken.
         """
+        check_ids(edits, self.ledger, self.method.edits_seen)
         for edit in edits:
             if not edit.prompt.strip() or not edit.target.strip():
                 raise ValueError(f"edit {edit.id} needs a prompt and a target, got {edit!r}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 ProbeKind = Literal["reliability", "generalization", "locality", "portability", "intrinsic"]
 
@@ -30,6 +31,29 @@ class Edit:
     negatives: tuple[str, ...] = ()
     rephrases: tuple[str, ...] = ()
     relation: str = ""
+
+
+def next_id(ledger: Sequence[dict[str, Any]], edits_seen: int) -> int:
+    """Return the lowest id above those of all edits made; edits taken back leave theirs free."""
+    made: list[int] = [e["edit_id"] for e in ledger if not e.get("rolled_back")]
+    return max(edits_seen, 1 + max(made, default=-1))
+
+
+def check_ids(edits: Sequence[Edit], ledger: Sequence[dict[str, Any]], edits_seen: int) -> None:
+    """Refuse an id that two edits would have: undo, probes and memories tell edits apart by it.
+
+    Raises:
+        ValueError: If an id is used before or twice; names the next free one.
+    """
+    taken = {e["edit_id"]: e["prompt"] for e in ledger if not e.get("rolled_back")}
+    for edit in edits:
+        if edit.id in taken:
+            free = max(next_id(ledger, edits_seen), *(e.id + 1 for e in edits))
+            raise ValueError(
+                f"id {edit.id} of edit {edit.prompt!r} is that of {taken[edit.id]!r} already; every"
+                f" edit needs an id of its own, and the next free one is {free}"
+            )
+        taken[edit.id] = edit.prompt
 
 
 @dataclass(frozen=True, slots=True)

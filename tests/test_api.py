@@ -78,6 +78,38 @@ def test_bad_edits_leave_the_model_as_it_was(lm):
     assert lm.ledger == []
 
 
+def test_an_id_is_used_once(lm):
+    one, other = Edit(0, PROMPT, "Oslo"), Edit(0, "the capital of Bera is", "Bern")
+    with pytest.raises(ValueError, match=r"id 0 of edit .*Bera is' is that of .*the next free one"):
+        lm.edit_batch([one, other])
+    assert lm.ledger == []
+    lm.edit_batch([one, Edit(7, "Cora is a", "town")])
+    with pytest.raises(ValueError, match=r"id 7 .*the next free one is 8"):
+        lm.edit_batch([Edit(7, "Dora is a", "town")])
+    lm.edit("Dora is a", "city")
+    assert [e["edit_id"] for e in lm.ledger] == [0, 7, 8]
+
+
+def test_an_edit_that_is_written_is_in_the_ledger_whatever_comes_next(lm, monkeypatch):
+    losses, calls = type(lm.method).edit_losses, []
+
+    def interrupted(self, edits):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return losses(self, edits)
+
+    monkeypatch.setattr(type(lm.method), "edit_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lm.edit("the capital of Alba is", "Oslo")
+    assert any(layer.is_written for layer in lm.lm.layers.values())
+    assert lm.method.edits_seen == len(lm.ledger) == 1
+    assert lm.ledger[0]["loss_after"] is None
+    lm.edit("the capital of Bera is", "Bern")
+    assert [e["edit_id"] for e in lm.ledger] == [0, 1]
+    assert lm.ledger[1]["loss_after"] is not None
+
+
 def test_a_failed_edit_discards_its_scratch(lm):
     lm.edit(PROMPT, "Rome")
     (layer,) = lm.lm.layers.values()

@@ -230,6 +230,30 @@ def test_a_run_told_to_end_while_it_scores_goes_on(edits, fit, monkeypatch, caps
     ) + Counter({("immediate", n): 4 for n in range(1, 7)})
 
 
+def test_an_edit_that_is_refused_late_loses_none_of_those_before_it(fit, monkeypatch, capsys):
+    from editkit.methods.ft import FT
+
+    assert main(fit("--trainer.default_root_dir=runs/straight")) == 0
+    edit = FT.edit
+
+    def refuse(self, edits):
+        if edits[0].id == 3:
+            raise ValueError("the loss of edit 3 became nan")
+        return edit(self, edits)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FT, "edit", refuse)
+        capsys.readouterr()
+        assert main(fit()) == 1
+    said = capsys.readouterr().err
+    assert "edit 3 became nan" in said
+    assert "the 3 edits before it are made" in said
+    assert "--ckpt_path last" in said
+    assert "removed runs" not in said
+    assert main(fit("--ckpt_path=last")) == 0
+    assert rows_of() == rows_of("runs/straight/probes.jsonl")
+
+
 def test_a_failed_run_removes_only_its_own_folder(tmp_path):
     from editkit.callbacks.folder import tidy
 

@@ -87,8 +87,9 @@ class RunFolder(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: EditModule, exception: BaseException
     ) -> None:
-        """Keep what was done where the run is told to end; Lightning does so between two steps."""
-        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
+        """Keep what was done where the run is told to end, or a batch is refused as a whole."""
+        is_whole = isinstance(exception, SIGTERMException) or pl_module.is_refused
+        if is_whole and trainer.state.fn == TrainerFn.FITTING:
             trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
 
     def _ask_all(self, trainer: Trainer, pl_module: EditModule) -> list[ProbeRow]:

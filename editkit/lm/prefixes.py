@@ -7,6 +7,7 @@ Legend: B rows, T tokens, V vocabulary, K likeliest tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 
@@ -57,6 +58,12 @@ def make_prefixes(
             row.append(token)
     texts: list[str] = lm.tokenizer.batch_decode(rows, skip_special_tokens=True)
     return tuple(text.replace("{", " ").replace("}", " ").strip() + ". " for text in texts)
+
+
+def planned_prefixes(lm: EditableLM, plan: Sequence[tuple[int, int]], seed: int) -> tuple[str, ...]:
+    """Let the model write prefixes by a plan of numbers and lengths, from one seed."""
+    dice = torch.Generator().manual_seed(seed)
+    return tuple(chain(*(make_prefixes(lm, n, w, generator=dice) for n, w in plan)))
 
 
 def strip_braces(prefixes: Sequence[str]) -> list[str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from editkit.edits import Edit
 from editkit.lm.editable import EditableLM
 
+CHECKED = 1000  # edits whose rows are checked together
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -63,7 +65,7 @@ def encode_edits(
         ValueError: If an edit has no subject, its subject is not in its prompt, or a row is too
             long for the model.
     """
-    _check_subjects(edits)
+    check_subjects(edits)
     before = ["", *prefixes]
     subjects = [str(edit.subject) for edit in edits]
     texts = [prefix + edit.prompt for edit in edits for prefix in before]
@@ -73,8 +75,11 @@ def encode_edits(
         _context(head, tail, place, i % len(before))
         for i, (head, tail, place) in enumerate(zip(heads, tails, places, strict=True))
     ]
-    rows = [row.ids for row in contexts]
-    lm.check_length(lm.policy.pad(rows, [[] for _ in rows], [-1] * len(rows)))
+    longest = max(range(len(contexts)), key=lambda i: len(contexts[i].ids))
+    try:
+        lm.check_length(lm.policy.pad([contexts[longest].ids], [[]], [-1]))
+    except ValueError as error:
+        raise ValueError(f"edit {edits[longest // len(before)].id}: {error}") from error
     anchored = lm.policy.ids([anchor.replace("{}", subject) for subject in subjects], plain=True)
     ends = lm.policy.template_indices(anchor, subjects)
     return [
@@ -83,13 +88,24 @@ def encode_edits(
     ]
 
 
-def _check_subjects(edits: Sequence[Edit]) -> None:
-    """Refuse edits whose subject is missing."""
+def check_edits(lm: EditableLM, edits: Sequence[Edit], prefixes: Sequence[str]) -> None:
+    """Refuse edits that `encode_edits` refuses, without keeping their rows."""
+    for start in range(0, len(edits), CHECKED):
+        encode_edits(lm, edits[start : start + CHECKED], prefixes, "{}")
+
+
+def check_subjects(edits: Sequence[Edit]) -> None:
+    """Refuse edits whose subject is missing.
+
+    Raises:
+        ValueError: If an edit has no subject, or its prompt does not hold it.
+    """
     for edit in edits:
         if not edit.subject:
             raise ValueError(
-                f"edit {edit.id} has no subject, which locate-then-edit methods need: "
-                f"{edit.prompt!r}"
+                f"edit {edit.id} ({edit.prompt!r}) has no subject, and locate-then-edit methods "
+                "write at its last token: give `subject`, a part of the prompt, or take another "
+                "method (FT)"
             )
         if edit.subject not in edit.prompt:
             raise ValueError(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -37,12 +39,25 @@ def kept_arguments(method: object, base: type) -> dict[str, Any]:
                 )
             found[name] = getattr(method, name)
     try:
-        copy: dict[str, Any] = json.loads(json.dumps(found, default=_plain, allow_nan=False))
+        plain: dict[str, Any] = json.loads(json.dumps(found, default=_plain, allow_nan=False))
     except ValueError as error:
         raise ValueError(
             f"an argument of {type(method).__name__} cannot be saved ({error}): {found}"
         ) from error
-    return copy
+    return plain
+
+
+def without(arguments: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return arguments without some, of which `a.b` is the field `b` of the record `a`."""
+    kept = copy.deepcopy(arguments)
+    for name in names:
+        *path, last = name.split(".")
+        place: Any = kept
+        for part in path:
+            place = place.get(part)
+        if isinstance(place, dict):
+            place.pop(last, None)
+    return kept
 
 
 def _plain(value: object) -> object:

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from typing import Any, final
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from editkit.edits import Edit, Probe
@@ -73,6 +74,10 @@ class EditModule(StreamModule, ABC):
         With paraphrases or repeats, several of a batch have one id.
         """
 
+    def check(self, edits: list[Edit]) -> None:
+        """Refuse a stream that this method cannot write, before its first edit."""
+        expanded(edits, self.paraphrases, self.repeats)
+
     def finish(self) -> None:
         """Close the stream, after its last edit."""
 
@@ -118,6 +123,10 @@ class EditModule(StreamModule, ABC):
                 shard(self.lm, self._device_mesh)
                 with torch.device("cpu"):  # a Trainer's default would not suit seeded draws
                     self.attach()
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            with agreed():  # before anything is asked or measured
+                data = getattr(self._trainer, "datamodule", None)
+                self.check(getattr(data, "edits", []))
 
     @final
     def start(self) -> None:
@@ -147,18 +156,24 @@ class EditModule(StreamModule, ABC):
         with self._discard_on_error(), agreed():
             before_B = self.edit_losses(edits)
             numbers = self.edit(written)
-            after_B = self.edit_losses(edits)
         norm = sum(layer.moved**2 for layer in layers) ** 0.5
-        seconds = time.perf_counter() - started
         step, now = self._step(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-        for edit, before, after in zip(edits, before_B.tolist(), after_B.tolist(), strict=True):
-            self.ledger.append({
+        entries: list[dict[str, Any]] = [
+            {
                 "edit_id": edit.id, "prompt": edit.prompt, "target": edit.target,
                 "subject": edit.subject, "step": step, "batch": len(edits), "time": now,
-                "seconds": seconds / len(edits), "loss_before": before, "loss_after": after,
-                "change_norm": norm, "undone": False,
-            })  # fmt: skip
+                "seconds": (time.perf_counter() - started) / len(edits), "loss_before": before,
+                "loss_after": None, "change_norm": norm, "undone": False,
+            }
+            for edit, before in zip(edits, before_B.tolist(), strict=True)
+        ]  # fmt: skip
+        self.ledger += entries  # at once: whatever happens now, these edits are written
         self.edits_seen += len(edits)
+        with agreed():
+            after_B = self.edit_losses(edits)
+        seconds = time.perf_counter() - started
+        for entry, after in zip(entries, after_B.tolist(), strict=True):
+            entry |= {"seconds": seconds / len(edits), "loss_after": after}
         return {
             **numbers,
             "loss_before": float(before_B.mean()),

@@ -12,9 +12,7 @@ Legend: E edits of a batch, F layer input, D layer output.
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -28,12 +26,14 @@ from editkit.functional.regression import NOT_KEPT, Regression, Rules
 from editkit.functional.spectral import Penalty, stabilised
 from editkit.lm.corpus import read_corpus
 from editkit.lm.moments import second_moments
-from editkit.lm.prefixes import make_prefixes, strip_braces
+from editkit.lm.prefixes import planned_prefixes, strip_braces
 from editkit.lm.sites import Site
+from editkit.lm.subject_rows import check_edits, check_subjects
 from editkit.methods.base import EditModule, UndoError
+from editkit.methods.statistics import check_same, told_of
 from editkit.methods.targets import SubjectRows, Values, ValueSearch, Weights
+from editkit.methods.wordings import expanded
 
-log = logging.getLogger(__name__)
 SEARCH = ValueSearch()
 
 
@@ -55,6 +55,7 @@ class LocateThenEdit(EditModule):
     value_at: ClassVar[Literal["block", "mlp"]] = "block"
     prompt_weights: ClassVar[Weights] = "halves"
     prefix_plan: ClassVar[tuple[tuple[int, int], ...]] = ((5, 10),)  # numbers and lengths in tokens
+    passing: ClassVar[tuple[str, ...]] = ("cache", "search.micro_batch")
     needs_past: ClassVar[bool] = False  # cannot go on without what it knew of earlier edits
     reads_weights: ClassVar[bool] = False  # computes with them, so none may lie packed
 
@@ -70,17 +71,14 @@ class LocateThenEdit(EditModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.layers = layers
-        self.search = search
-        self.corpus = corpus
-        self.corpus_texts = corpus_texts
-        self.corpus_tokens = corpus_tokens
-        self.prefixes = prefixes
-        self.cache = cache
+        self.layers, self.search = layers, search
+        self.corpus, self.corpus_texts, self.corpus_tokens = corpus, corpus_texts, corpus_tokens
+        self.prefixes, self.cache = prefixes, cache
         self.contexts = None if prefixes is None else tuple(strip_braces(prefixes))
         self.sites: list[Site] = []
         self.regressions: dict[str, Regression] = {}
         self.saved: dict[str, Any] = {}
+        self.statistics: dict[str, Any] = {}  # corpus, its tokens, and what was added to moments
         self.known = 0  # edits that the regressions know of
 
     # what a method says
@@ -141,19 +139,22 @@ class LocateThenEdit(EditModule):
             self.check_weights()
         cache = None if self.cache is None else Path(self.cache)
         corpus = read_corpus(self.corpus, self.corpus_texts, self.spec, cache=cache)
+        check_same(corpus, self.statistics)
         found = second_moments(self.lm, self.sites, corpus, self.corpus_tokens, cache=cache)
         known = self.stream_state()["sites"]  # resumed, or prepared before on another device
+        added: dict[str, float] = {}
         for site in self.sites:
-            cov_FF, added = stabilised(self._solvable(site, found[site.path].cov_FF))
-            if added:
-                log.warning("moments of %s are singular: %.2g on their diagonal", site.path, added)
+            cov_FF, added[site.path] = stabilised(self._solvable(site, found[site.path].cov_FF))
             shape_oi, penalty = (site.out_features, site.in_features), self.penalty(site, cov_FF)
             begun = Regression.begin(self.rules, penalty, cov_FF, shape_oi, known.get(site.path))
             self.regressions[site.path] = begun
+        self.statistics = told_of(corpus, found, added)
         if self.contexts is None:
-            dice = torch.Generator().manual_seed(self.seed)
-            texts = [make_prefixes(self.lm, n, w, generator=dice) for n, w in self.prefix_plan]
-            self.contexts = tuple(chain(*texts))
+            self.contexts = planned_prefixes(self.lm, self.prefix_plan, self.seed)
+
+    def check(self, edits: list[Edit]) -> None:
+        """Refuse edits without a subject in their prompt, and those too long for the model."""
+        check_edits(self.lm, expanded(edits, self.paraphrases, 0), self.contexts or ())
 
     def edit(self, edits: list[Edit]) -> dict[str, float]:
         """Search for the values of a batch and write them into the sites, all or nothing.
@@ -212,12 +213,17 @@ class LocateThenEdit(EditModule):
     def stream_state(self) -> dict[str, Any]:
         """Return prefixes, past and queue of each site."""
         sites = {path: regression.state() for path, regression in self.regressions.items()}
-        return {"prefixes": self.contexts, "known": self.known, "sites": sites or self.saved}
+        own = {"prefixes": self.contexts, "known": self.known, "statistics": self.statistics}
+        return own | {"sites": sites or self.saved}
+
+    def for_summary(self) -> dict[str, Any]:
+        """Return which corpus the moments are of, for `summary.json`."""
+        return {"corpus": self.statistics} if self.statistics else {}
 
     def load_stream_state(self, state: dict[str, Any]) -> None:
         """Take `stream_state` back; `prepare` puts it beside the statistics."""
         self.contexts, self.known, self.saved = state["prefixes"], state["known"], state["sites"]
-        self.regressions = {}
+        self.statistics, self.regressions = state.get("statistics", {}), {}  # older ones have none
 
     def _commit(self) -> None:
         """Take over what was written, and what is known of it."""
@@ -235,14 +241,8 @@ class LocateThenEdit(EditModule):
         return tensor.to("cpu" if device.type == "mps" else device).double()
 
     def _check(self, edits: list[Edit]) -> None:
-        name = type(self).__name__
-        for edit in edits:
-            if not edit.subject:
-                raise ValueError(
-                    f"edit {edit.id} ({edit.prompt!r}) has no subject, and {name} writes at its "
-                    "last token: give `subject`, a part of the prompt, or take another method (FT)"
-                )
-        rules = self.rules
+        check_subjects(edits)
+        rules, name = self.rules, type(self).__name__
         if self.known != self.edits_seen and (self.needs_past or rules.remembers or rules.queue):
             raise ValueError(
                 f"{name} needs what it knew of all {self.edits_seen} edits so far, and a saved run "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import lightning as L
 import torch
@@ -16,12 +16,18 @@ from editkit.edits import Edit, Probe
 from editkit.lm.editable import EditableLM
 from editkit.lm.load import weight_hash
 from editkit.lm.spec import LMSpec
+from editkit.methods.arguments import without
 from editkit.methods.position import set_position
 from editkit.metrics.edit_score import EditScores
 from editkit.metrics.evaluate import ProbeRow
 from editkit.metrics.protocol import EvalProtocol
 from editkit.metrics.references import References
 from editkit.parallel import agreed, ranks_of
+
+GO_ON = (
+    "the {} edits before it are made and, in a run folder, kept: mend that row or take it out, "
+    "leave those before it, and go on with --ckpt_path last; a smaller lr needs a new run"
+)
 
 
 class StreamModule(L.LightningModule):
@@ -33,6 +39,8 @@ class StreamModule(L.LightningModule):
         seed: Seed of whatever the method samples.
     """
 
+    passing: ClassVar[tuple[str, ...]] = ()  # options without a say in results, free on resuming
+
     def __init__(self, lm: LMSpec, evaluation: EvalProtocol, seed: int = 0) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -43,6 +51,7 @@ class StreamModule(L.LightningModule):
         self.generator = torch.Generator().manual_seed(seed)
         self.is_prepared = False
         self.edits_seen = 0
+        self.is_refused = False  # a batch of which nothing was written, behind others
         self.ledger: list[dict[str, Any]] = []
         self.references = References()
         # every device has all rows: nothing to sync
@@ -59,6 +68,10 @@ class StreamModule(L.LightningModule):
     @abstractmethod
     def start(self) -> None:
         """Load, attach and prepare."""
+
+    @abstractmethod
+    def check(self, edits: list[Edit]) -> None:
+        """Refuse edits that this method cannot write."""
 
     @abstractmethod
     def apply_edits(self, edits: list[Edit]) -> dict[str, float]:
@@ -112,17 +125,34 @@ class StreamModule(L.LightningModule):
     def training_step(self, batch: Iterable[Edit], batch_idx: int) -> None:
         """Write one batch of edits, then tick Lightning's clock once."""
         edits = list(batch)
-        numbers = self.apply_edits(edits)
+        data = getattr(self.trainer, "datamodule", None)
+        try:
+            numbers = self.apply_edits(edits)
+        except ValueError as error:
+            self.is_refused = 0 < self.edits_seen == getattr(data, "edits_applied", -1)
+            if self.is_refused:
+                error.args = (f"{error}\n{GO_ON.format(self.edits_seen)}",)
+            raise
         optimizer: Any = self.optimizers()
         optimizer.step()
-        if self.trainer.is_last_batch or 0 < self.trainer.max_steps <= self.global_step:
+        if self._is_last_step():
             self.finish()
-        data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             data.edits_applied = edits[-1].id + 1
         rates = {"edits": float(self.edits_seen), "edits/s": len(edits) / numbers["seconds"]}
         self.log_dict({f"edit/{k}": v for k, v in numbers.items()}, batch_size=len(edits))
         self.log_dict(rates, prog_bar=True, batch_size=len(edits))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Close a stream that a callback stops, not one broken off or taken back to a commit."""
+        is_kept = not (self.ledger and self.ledger[-1].get("rolled_back"))
+        is_stopped = self.trainer.should_stop and not self.trainer.received_sigterm
+        if is_stopped and is_kept and not self._is_last_step():
+            self.finish()
+
+    def _is_last_step(self) -> bool:
+        """Whether the batch under way is the last one of the stream or of `max_steps`."""
+        return self.trainer.is_last_batch or 0 < self.trainer.max_steps <= self.global_step
 
     @final
     def validation_step(self, batch: Iterable[Probe], batch_idx: int) -> dict[str, Any]:
@@ -190,10 +220,12 @@ class StreamModule(L.LightningModule):
             raise ValueError("the checkpoint was not written by editkit; give one of this run")
         check_base(state["base"], self.spec)
         own = [f"{type(self).__module__}.{type(self).__qualname__}", self.init_args()]
-        if state["method"] != own:
+        name, arguments = state["method"]
+        passing = self.passing
+        if name != own[0] or without(arguments, passing) != without(own[1], passing):
             raise ValueError(
-                f"the checkpoint was made by {state['method'][0]} with {state['method'][1]}, this "
-                f"run has {own[0]} with {own[1]}; resume with the settings it was begun with"
+                f"the checkpoint was made by {name} with {arguments}, this run "
+                f"has {own[0]} with {own[1]}; resume with the settings it was begun with"
             )
         self.edits_seen = state["edits_seen"]
         self.ledger = state["ledger"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 
 from editkit.api import load_edited
 from editkit.callbacks import canary as canary_module
@@ -146,6 +147,25 @@ def test_stop_ends_the_run_as_it_is(tiny, tmp_path, faked, train):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["canary"]["culprit"] == [BAD]
     assert summary["canary"]["rolled_back"] == []
+
+
+class Stop(Callback):
+    """Stops a run after three batches, as a time limit does."""
+
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step == 3
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_a_stopped_stream_is_finished_before_all_is_asked(
+    tiny, tmp_path, faked, train, monkeypatch, rolled_back
+):
+    told = []
+    monkeypatch.setattr(FT, "finish", lambda self: told.append("finish"))
+    monkeypatch.setattr(FT, "on_validation_epoch_end", lambda self: told.append(self.edits_seen))
+    watch = [Ability(), Canary("rollback", every=4)] if rolled_back else [Stop()]
+    train(make(METHODS / "ft.yaml", tiny("llama")), tmp_path, *watch)
+    assert told == ([1, BAD] if rolled_back else [1, "finish", 3])
 
 
 def test_warn_tells_once_and_changes_nothing(tiny, tmp_path, faked, caplog, train):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -549,6 +550,53 @@ def test_a_queue_survives_a_saved_run(make, edits, tmp_path):
     assert (again.queue.alpha, again.queue.history, again.search.lr) == (7, "desired", 0.2)
     with pytest.raises(ValueError, match="alpah"):
         make(ENCORE, queue={"alpah": 7})
+
+
+def test_a_stream_goes_on_with_the_corpus_it_was_begun_with(make, edits, tmp_path):
+    lm = make(MEMIT)
+    lm.edit_batch(edits[:2])
+    told = lm.method.for_summary()["corpus"]
+    assert told["tokens"] > 0
+    assert told["added"].keys() == lm.lm.layers.keys()
+    (tmp_path / "other.txt").write_text("where lives a big town\n")
+    state = {**lm.method.stream_state()}
+    other = make(MEMIT, corpus=str(tmp_path / "other.txt"))
+    other.method.load_stream_state(state)
+    with pytest.raises(ValueError, match=rf"{told['sha256'][:12]}.*other.txt' is another now"):
+        other.method.start()
+    del state["statistics"]  # as checkpoints were
+    other.method.load_stream_state(state)
+    other.method.start()
+    assert other.method.for_summary()["corpus"]["sha256"] != told["sha256"]
+
+
+def test_options_without_a_say_in_results_may_change_on_resuming(make, edits):
+    one = make(MEMIT)
+    one.edit_batch(edits[:1])
+    checkpoint = {"state_dict": {}}
+    one.method._trainer = SimpleNamespace()
+    one.method.on_save_checkpoint(checkpoint)
+    search = one.method.search
+    other = make(MEMIT, cache="elsewhere", search={**asdict(search), "micro_batch": 1})
+    other.method.on_load_checkpoint(checkpoint)
+    assert other.method.edits_seen == 1
+    third = make(MEMIT, search={**asdict(search), "lr": 0.1})
+    with pytest.raises(ValueError, match="resume with the settings it was begun with"):
+        third.method.on_load_checkpoint(checkpoint)
+
+
+def test_what_cannot_be_written_is_known_before_the_first_edit(make, edits):
+    method = make(MEMIT, paraphrases=1).method
+    method.check(edits)
+    for bad, match in [
+        (replace(edits[0], subject=None), r"edit 0 .* has no subject, .* give `subject`"),
+        (replace(edits[0], subject="Elda"), "subject 'Elda' not found in prompt"),
+        (replace(edits[0], rephrases=()), "edit 0 .* has 0 rephrases"),
+        (replace(edits[0], prompt="Alba " * 150), "edit 0: a row of .* exceeds the 128 positions"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            method.check([*edits[1:], bad])
+    assert not method.is_prepared
 
 
 def test_memit_refuses_a_history_that_it_does_not_hold(make):
