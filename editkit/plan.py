@@ -87,7 +87,7 @@ def forecast(method: EditModule, data: EditDataModule, trainer: Trainer) -> Fore
     weights = sum(w.numel() * w.element_size() for w in model.parameters())
     method.attach()
     lm, together = method.lm, min(data.edits_per_step, len(data.edits))
-    work = work_of(method, together)
+    work = work_of(method, together, len(data.edits))
     wide = widths_of(lm, dtype)
     rows = data.edits[:SAMPLE]
     heads, tails = lm.policy.pieces([e.prompt for e in rows], [e.target for e in rows])

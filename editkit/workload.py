@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import singledispatch
+from math import ceil
 
 import torch
 
 from editkit.adapters.base import EditLayer
 from editkit.lm.editable import EditableLM
+from editkit.lm.sites import Site
 from editkit.methods.base import EditModule
 from editkit.methods.locate import LocateThenEdit
 from editkit.methods.memory import MemoryEdit
@@ -43,10 +45,15 @@ class Work:
 
 
 @singledispatch
-def work_of(method: EditModule, edits: int) -> Work:
+def work_of(method: EditModule, edits: int, stream: int) -> Work:
     """Return what a step of `edits` edits takes; as a method that descends on its own parameters.
 
     A family that works otherwise registers its own.
+
+    Args:
+        method: With its sites attached.
+        edits: Edits of a step.
+        stream: Edits of the whole stream.
     """
     parameters = sum(_parameters(layer) for layer in method.lm.layers.values())
     lowest = min((_block(method.lm, path) for path in method.lm.layers), default=0)
@@ -60,7 +67,7 @@ def work_of(method: EditModule, edits: int) -> Work:
 
 
 @work_of.register
-def _(method: LocateThenEdit, edits: int) -> Work:
+def _(method: LocateThenEdit, edits: int, stream: int) -> Work:
     squares = sum(site.in_features**2 for site in method.sites)
     largest = max(site.in_features**2 for site in method.sites)
     deltas = sum(site.in_features * site.out_features for site in method.sites)
@@ -68,23 +75,37 @@ def _(method: LocateThenEdit, edits: int) -> Work:
     if method.contexts is not None:
         contexts = 1 + len(method.contexts)
     together = 1 if method.one_by_one else edits
+    size = min(together, method.search.micro_batch)
+    past = sum(_past(method, site, stream) for site in method.sites)
     return Work(
-        # fp64: penalty, its inverse root; a past, up to as large
-        held={"second moments": 8 * squares * (3 if method.rules.remembers else 2)},
-        step=8 * (2 * largest + 2 * deltas),
+        # fp64: penalty, its inverse root
+        held={"second moments": 8 * squares * 2, "earlier edits": past},
+        step=8 * (2 * largest + 2 * deltas) + past,  # a batch is tried on a copy
         kept=8 * squares,
-        rows=contexts * min(together, method.search.micro_batch),
-        passes=method.search.steps,
+        rows=contexts * size,
+        passes=method.search.steps * ceil(edits / size),
         above=method.sites[-1].layer + 1,
-        solves=sum(
-            2 * site.in_features**2 * (together + site.out_features) for site in method.sites
-        ),
+        solves=ceil(edits / together)
+        * sum(2 * site.in_features**2 * (together + site.out_features) for site in method.sites),
         setting="name fewer --model.layers",
     )
 
 
+def _past(method: LocateThenEdit, site: Site, stream: int) -> int:
+    """Return the bytes of what a site knows of earlier edits at most: their pairs, up to F.
+
+    The sums that take the place of more are smaller.
+    """
+    rules, inputs, outputs = method.rules, site.in_features, site.out_features
+    count = min(stream, inputs)
+    if not rules.remembers:  # pairs are kept for undo alone
+        return 0 if rules.masked or rules.queue else count * (4 * inputs + 8 * outputs)
+    targets = 16 if rules.queue is not None and rules.queue.history == "achieved" else 8
+    return count * (12 * inputs + targets * outputs) + 8 * count**2
+
+
 @work_of.register
-def _(method: MemoryEdit, edits: int) -> Work:
+def _(method: MemoryEdit, edits: int, stream: int) -> Work:
     contexts = 11 if method.contexts is None else 1 + len(method.contexts)
     parameters = sum(_parameters(layer) for layer in method.lm.layers.values())
     share = min(

@@ -24,9 +24,10 @@ batch among them; a last batch taken out as a whole takes its step of the queue 
 the state before it. Later values were searched for with the edit in place, so this is not the model
 that never saw it. Refused beyond F edits and for a loaded run.
 
-Costs: per layer F^2 fp64 twice (C0 and its inverse factor), and per edit 4 F + 16 D bytes, whitened
-8 F more, up to F edits; then two more F^2. A batch costs N^3 / 3 + O(F^2 E), and O(D F^2) where
-kappa has moved; dense F^3 / 3, or 6 F^2 E while kappa stands still and batches are small.
+Costs: per layer F^2 fp64 twice (C0 and its inverse factor), and for N <= F edits N (12 F + 16 D) +
+8 N^2 bytes, beyond F sums of 8 (2 F^2 + D F); both twice while a batch is written. A batch costs
+N^3 / 3 + O(F^2 E), and O(D F^2) where kappa has moved; dense F^3 / 3, or 6 F^2 E while kappa stands
+still and batches are small.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ stay as they were solved. Refused beyond F edits, with a queue, and for edits of
 
 Costs: per layer one F x F Cholesky factor in fp64 at the start; a batch is then 4 F^2 E operations.
 Memory: C0 and its inverse factor (F^2 fp64 each), the change (D F fp32), and for undo the pairs of
-up to F edits on the CPU (4 F + 8 D bytes each).
+up to F edits on the CPU (4 F + 8 D bytes each, twice while a batch is written).
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ recursive least squares on the values wanted at the time. Later values were sear
 edit in place, so this is not the model that never saw it, except for the newest edits. Refused
 beyond F edits and for a loaded run.
 
-Costs: as MEMIT, plus per layer the keys of up to F edits (4 F + 16 D bytes each, whitened 8 F more)
-or their F x F sum. A batch costs O(F^2 E + N^2 E), from N = F on no more as the stream grows.
+Costs: as MEMIT, plus per layer N (12 F + 8 D) + 8 N^2 bytes for N <= F edits, beyond F sums of
+8 (2 F^2 + D F); both twice while a batch is written. A batch costs O(F^2 E + N^2 E), from
+N = F on no more as the stream grows.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from editkit.methods.memit_seq import MEMITSeq
 from editkit.methods.prune import PRUNE
 from editkit.methods.rect import RECT
 from editkit.methods.rome import ROME
+from editkit.workload import work_of
 
 FAMILY = [AlphaEdit, EMMET, ENCORE, LyapLock, MEMIT, MEMITSeq, PRUNE, RECT, ROME]
 BOOSTED = [AlphaEdit, ENCORE, MEMIT, PRUNE, RECT]
@@ -308,6 +309,24 @@ def test_a_resumed_stream_ends_with_the_same_bits(make, drawn, cls):
         again = resumed(make, again, cls) if n in cuts else again
         again.edit_batch(batch)
     assert same(state(again), state(straight))
+
+
+@pytest.mark.parametrize("cls", [LyapLock, MEMIT, MEMITSeq, RECT])
+@pytest.mark.parametrize("count", [12, 80])
+def test_the_memory_of_a_past_is_forecast(make, drawn, cls, count):
+    """Where pairs have become sums, as those before the last pairs did."""
+    lm, most = make(cls), 0
+    for batch in stream(count, 4):
+        lm.edit_batch(batch)
+        pasts = [r.past for r in lm.method.regressions.values() if r.past is not None]
+        found = [t for past in pasts for t in vars(past).values() if torch.is_tensor(t)]
+        most = max(most, sum(t.numel() * t.element_size() for t in found))
+    few, many = (work_of(lm.method, n, count) for n in (3, 6))
+    assert few.held["earlier edits"] == most
+    assert many.rows * many.passes == 2 * few.rows * few.passes  # micro_batch is 3
+    alone = make(ROME).method
+    one, ten = (work_of(alone, n, count) for n in (1, 10))
+    assert (ten.passes, ten.solves, ten.rows) == (10 * one.passes, 10 * one.solves, one.rows)
 
 
 def test_the_queue_bounds_the_drift_of_what_is_written(make, drawn):
