@@ -11,7 +11,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from typing import Any, final
 
 import torch
@@ -25,6 +24,7 @@ from editkit.lm.load import plain_linears
 from editkit.lm.shard import shard
 from editkit.lm.spec import LMSpec
 from editkit.methods.arguments import kept_arguments
+from editkit.methods.ledger import entries_of
 from editkit.methods.steps import StreamModule
 from editkit.methods.wordings import check_counts, expanded
 from editkit.metrics.evaluate import ProbeRow, score_probes
@@ -157,16 +157,8 @@ class EditModule(StreamModule, ABC):
             before_B = self.edit_losses(edits)
             numbers = self.edit(written)
         norm = sum(layer.moved**2 for layer in layers) ** 0.5
-        step, now = self._step(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-        entries: list[dict[str, Any]] = [
-            {
-                "edit_id": edit.id, "prompt": edit.prompt, "target": edit.target,
-                "subject": edit.subject, "step": step, "batch": len(edits), "time": now,
-                "seconds": (time.perf_counter() - started) / len(edits), "loss_before": before,
-                "loss_after": None, "change_norm": norm, "undone": False,
-            }
-            for edit, before in zip(edits, before_B.tolist(), strict=True)
-        ]  # fmt: skip
+        seconds = time.perf_counter() - started
+        entries = entries_of(edits, self._step(), before_B, norm, seconds)
         self.ledger += entries  # at once: whatever happens now, these edits are written
         self.edits_seen += len(edits)
         with agreed():
