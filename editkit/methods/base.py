@@ -166,13 +166,8 @@ class EditModule(StreamModule, ABC):
         seconds = time.perf_counter() - started
         for entry, after in zip(entries, after_B.tolist(), strict=True):
             entry |= {"seconds": seconds / len(edits), "loss_after": after}
-        return {
-            **numbers,
-            "loss_before": float(before_B.mean()),
-            "loss_after": float(after_B.mean()),
-            "change_norm": norm,
-            "seconds": seconds,
-        }
+        means = {"loss_before": float(before_B.mean()), "loss_after": float(after_B.mean())}
+        return numbers | means | {"change_norm": norm, "seconds": seconds}
 
     @final
     def undo_edit(self, edit_id: int) -> None:
