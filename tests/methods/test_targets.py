@@ -259,7 +259,7 @@ def test_bf16_keeps_values_in_fp32_and_close(tiny, edits, precision):
 
 def test_mistakes_are_named(tiny, edits):
     lm = load(tiny("llama"))
-    with pytest.raises(ValueError, match="edit 7 has no subject"):
+    with pytest.raises(ValueError, match=r"edit 7 .* has no subject"):
         batch(lm, [Edit(7, "the town is", "Oslo")])
     with pytest.raises(ValueError, match=r"subject 'Lima' not found in prompt .* \(edit 7\)"):
         batch(lm, [Edit(7, "the town is", "Oslo", "Lima")])
