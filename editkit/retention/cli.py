@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 
 from jsonargparse import Namespace
@@ -27,6 +25,7 @@ from editkit.retention.arms import (
     keeper,
 )
 from editkit.retention.finetune import Arm, FineTuneEdited
+from editkit.retention.folder import ITEMS, claim, tidy
 from editkit.retention.items import facts_of, fingerprint, freeze, make_items
 from editkit.retention.objectives import Objective
 from editkit.retention.result import write_result
@@ -35,8 +34,6 @@ from editkit.retention.shared import control_name, known_answers, sole
 from editkit.retention.source import EditedRun, instantiate
 from editkit.retention.table import shown
 from editkit.trainer_cli import quiet, report
-
-ITEMS, CONFIG, SUMMARY = "probes.jsonl", "config.yaml", "summary.json"
 
 
 def run_retain(args: list[str]) -> Path:
@@ -84,9 +81,9 @@ class Retention:
         self.folder = Path(config.out or self.run.folder / "retention" / self.objective.name)
         self.items = make_items(self.run, self.built.probes)
         self.objective.gather(self.run, facts_of(self.run, self.items))
-        self._claim()
         self.sha = fingerprint(self.items)
         if _is_first():
+            self.made = claim(self.folder, made, config)
             freeze(self.folder / ITEMS, self.items)
 
     def _check_reach(self, config: Namespace) -> None:
@@ -108,7 +105,8 @@ class Retention:
                 if arm in self.settings.arms:
                     self.run_arm(arm)
         except BaseException:
-            self._tidy()
+            if _is_first():
+                tidy(self.folder, self.made)
             raise
         if _is_first():
             write_result(self)
@@ -183,36 +181,6 @@ class Retention:
         if arm == "identity":
             options["max_steps"] = IDENTITY_STEPS
         return Trainer(**{**options, "default_root_dir": str(folder)})
-
-    def _claim(self) -> None:
-        """Take the folder, or go on with what is there."""
-        if not _is_first():
-            return
-        path = self.folder / CONFIG
-        begun = self.config.clone()
-        begun.overwrite = False
-        text = self.parser.dump(begun)
-        if self.config.overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
-        if (self.folder / SUMMARY).exists():
-            raise ValueError(
-                f"{str(self.folder)!r} holds a finished run; choose another --out, or pass "
-                "--overwrite true"
-            )
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"{str(self.folder)!r} was begun with other options (see its {CONFIG}); go on with "
-                "those, choose another --out, or pass --overwrite true"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-
-    def _tidy(self) -> None:
-        """Remove a folder that holds nothing to go on from."""
-        kept = [*self.folder.glob("arms/*/done.json"), *self.folder.glob("arms/*/checkpoints/*")]
-        if _is_first() and not kept:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            sys.stderr.write(f"editkit: removed {self.folder}, it held nothing to go on from\n")
 
 
 def _is_first() -> bool:

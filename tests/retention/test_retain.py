@@ -75,6 +75,39 @@ def test_a_finished_folder_is_refused_and_other_options_are_not_mixed(retain, ca
     assert code == 0
 
 
+def test_a_folder_of_something_else_is_refused_and_left_alone(retain, edited, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    before = digest(tmp_path / "mine"), digest(edited)
+    for out in ("mine", str(edited)):
+        code, folder = retain("--retain.rekey=true", "--overwrite=true", out=out)
+        assert code == 1
+        assert "choose another --out" in capsys.readouterr().err
+    assert (digest(tmp_path / "mine"), digest(edited)) == before
+
+
+def test_a_run_that_fails_removes_what_it_made_and_no_more(retain, tmp_path):
+    (tmp_path / "kept").mkdir()
+    code, folder = retain("--retain.rekey=true", out="kept/new/out")
+    assert code == 1
+    assert (tmp_path / "kept").is_dir()
+    assert not (tmp_path / "kept" / "new").exists()
+
+
+def test_a_run_goes_on_with_options_that_came_later_or_change_no_number(retain):
+    args = ("--retain.arms=[edited]",)
+    with stopped_at(3, kill), pytest.raises(Killed):
+        retain(*args, "--retain.checkpoint_every=2", out="cut")
+    _, folder = retain(*args, out="straight")
+    config = folder.with_name("cut") / "config.yaml"
+    told = config.read_text()
+    assert "  drift_edits: 100\n" in told
+    config.write_text(told.replace("  drift_edits: 100\n", ""))
+    code, cut = retain(*args, out="cut")
+    assert code == 0
+    assert lines_of(cut) == lines_of(folder)
+
+
 def test_arms_that_are_done_are_not_run_again(retain):
     _, folder = retain("--retain.arms=[edited,control]")
     done = folder / "arms" / "edited" / "done.json"
