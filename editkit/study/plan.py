@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from editkit.study.cells import Cell, slug
 
 NONE = "none"
@@ -147,63 +145,3 @@ class Study:
 
 def _filled(args: list[str], seed: int) -> tuple[str, ...]:
     return tuple(arg.replace("{seed}", str(seed)) for arg in args)
-
-
-def read_study(path: Path) -> Study:
-    """Read a study.
-
-    Raises:
-        ValueError: If the file is missing or damaged, a key is misspelt, or a label or a YAML that
-            it names is not there.
-    """
-    if not path.is_file():
-        raise ValueError(f"no study {str(path)!r}; experiments/studies holds some")
-    try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(told, dict):
-        raise ValueError(f"{str(path)!r} is no mapping; see editkit.study.plan")
-    if wrong := sorted(set(told) - KEYS):
-        raise ValueError(f"{str(path)!r} has a key {wrong[0]!r}; the keys are {sorted(KEYS)}")
-    if missing := sorted({"seeds", "methods", "objectives"} - set(told)):
-        raise ValueError(f"{str(path)!r} has no {missing[0]!r}")
-    remedies: dict[str, Any] = {NONE: {}, **(told.get("remedies") or {})}
-    study = Study(
-        path.stem, list(told["seeds"]), _texts(told, "fit", path), _texts(told, "retain", path),
-        {str(k): _texts(told["methods"], k, path) for k in told["methods"]},
-        {str(k): _texts(told["objectives"], k, path) for k in told["objectives"]},
-        {str(k): dict(v or {}) for k, v in remedies.items()},
-        told.get("scorer", "generation"), told.get("alone", 0),
-    )  # fmt: skip
-    if not isinstance(study.alone, int) or study.alone < 0:
-        raise ValueError(f"'alone' of {str(path)!r} is {study.alone!r}; give a number of edits")
-    for label, remedy in study.remedies.items():
-        if wrong := sorted(set(remedy) - REMEDY_KEYS):
-            raise ValueError(f"remedy {label!r} has a key {wrong[0]!r}; use {sorted(REMEDY_KEYS)}")
-        if remedy.get("arm", "edited") not in ARMS:
-            raise ValueError(f"remedy {label!r} has arm {remedy['arm']!r}; use one of {ARMS}")
-        option = MADE_BY.get(study.arm(label))
-        given = [*study.retain, *remedy.get("retain", [])]
-        if option is not None and not any(one.startswith(option) for one in given):
-            raise ValueError(
-                f"remedy {label!r} counts arm {study.arm(label)!r}, which none of its options "
-                f"makes; add {option}=true to its 'retain'"
-            )
-        for name, known in (("objectives", study.objectives), ("methods", study.methods)):
-            if unknown := [one for one in remedy.get(name, []) if one not in known]:
-                raise ValueError(f"remedy {label!r} names {unknown[0]!r}, which is none of {name}")
-    for label, options in (study.methods | study.objectives).items():
-        if not options or not Path(options[0]).is_file():
-            raise ValueError(
-                f"{label!r} of {str(path)!r} names {options[:1]}, which is no file here; give its "
-                "YAML first, and run the study from the folder its paths begin in"
-            )
-    return study
-
-
-def _texts(told: dict[str, Any], name: str, path: Path) -> list[str]:
-    value = told.get(name) or []
-    if not isinstance(value, list):
-        raise ValueError(f"{name!r} of {str(path)!r} is {value!r:.60}; give a list of options")
-    return [str(one) for one in value]

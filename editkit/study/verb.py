@@ -9,7 +9,7 @@ from rich.console import Console
 from editkit.study.cells import run_cells
 from editkit.study.numbers import collect
 from editkit.study.page import write_study
-from editkit.study.plan import read_study
+from editkit.study.reading import read_study
 
 
 def run_study(path: Path, out: Path | None, jobs: int, only: str, dry_run: bool) -> None:

@@ -80,7 +80,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(retain, edited, tm
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     before = digest(tmp_path / "mine"), digest(edited)
     for out in ("mine", str(edited)):
-        code, folder = retain("--retain.rekey=true", "--overwrite=true", out=out)
+        code, _ = retain("--retain.rekey=true", "--overwrite=true", out=out)
         assert code == 1
         assert "choose another --out" in capsys.readouterr().err
     assert (digest(tmp_path / "mine"), digest(edited)) == before
@@ -88,7 +88,7 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(retain, edited, tm
 
 def test_a_run_that_fails_removes_what_it_made_and_no_more(retain, tmp_path):
     (tmp_path / "kept").mkdir()
-    code, folder = retain("--retain.rekey=true", out="kept/new/out")
+    code, _ = retain("--retain.rekey=true", out="kept/new/out")
     assert code == 1
     assert (tmp_path / "kept").is_dir()
     assert not (tmp_path / "kept" / "new").exists()

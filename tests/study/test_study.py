@@ -14,7 +14,8 @@ from editkit.cli import main
 from editkit.study.cells import Cell, run_cells, run_one
 from editkit.study.numbers import collect
 from editkit.study.page import write_study
-from editkit.study.plan import Stream, read_study
+from editkit.study.plan import Stream
+from editkit.study.reading import read_study
 from editkit.study.short import shorten
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,32 @@ def test_a_study_edits_once_for_all_that_fine_tunes_alike(told, tmp_path):
         ({"remedies": {"x": {"arm": "rekey"}}}, "has arm 'rekey'; use one of"),
         ({"remedies": {"x": {"arm": "rekeyed"}}}, "add --retain.rekey=true to its 'retain'"),
         ({"alone": "all"}, "give a number of edits"),
+        ({"alone": True}, "'alone' of .* is True"),
+        ({"seeds": 3}, "'seeds' of .* is 3; give a list"),
+        ({"seeds": "012"}, "'seeds' of .* is '012'"),
+        ({"seeds": []}, "'seeds' of .* give a list"),
+        ({"seeds": [0, "1"]}, "'seeds' of .* give a list"),
+        ({"seeds": [0, 1, 0]}, "has 0 twice"),
+        ({"methods": ["ft.yaml"]}, "'methods' of .* give a mapping"),
+        ({"methods": "ft.yaml"}, "'methods' of .* give a mapping"),
+        ({"objectives": {}}, "'objectives' of .* is empty"),
+        ({"objectives": None}, "'objectives' of .* is empty"),
+        ({"remedies": ["x"]}, "'remedies' of .* give a mapping"),
+        ({"remedies": {"x": "frozen"}}, "remedy 'x' is 'frozen'; give a mapping"),
+        ({"remedies": {"x": {"fit": "--model.lr=1"}}}, "'fit' of remedy 'x' .* give a list"),
+        ({"scorer": "generations"}, "'scorer' of .* is 'generations'; use one of"),
+        ({"fit": [{"--model.lr": 1}]}, "'fit' of .* give a list of options"),
+        (
+            {"methods": {"F T": ["ft.yaml"], "f-t": ["ft.yaml"]}, "remedies": {}},
+            "share the folder 'f-t-0'",
+        ),
+        (
+            {
+                "methods": {"A": ["ft.yaml"], "A-x": ["ft.yaml"]},
+                "remedies": {"x": {"fit": ["--y"]}},
+            },
+            "share the folder 'a-x-0'",
+        ),
     ],
 )
 def test_a_study_that_is_not_well_formed_is_refused(told, change, words):
@@ -109,6 +136,24 @@ def test_done_runs_are_not_run_again_and_a_failed_one_stops_its_followers(tmp_pa
     assert ran == ["a", "a+"]
     with pytest.raises(ValueError, match="jobs is 0"):
         run_cells(cells, 0, news.append, run)
+
+
+def test_a_run_that_was_done_with_other_options_is_not_taken_for_this_one(tmp_path):
+    ran = []
+
+    def run(cell: Cell) -> int:
+        ran.append(cell.args)
+        return finish(cell)
+
+    one, other = (Cell("a", tmp_path / "a", (f"--lr={lr}", f"--out={lr}")) for lr in (1, 2))
+    moved = Cell("a", one.folder, ("--lr=1", "--out=elsewhere"))
+    assert run_cells([one], 1, print, run) == run_cells([one], 1, print, run) == []
+    with pytest.raises(ValueError, match=r"'.*/a' was run with other options .* choose another"):
+        run_cells([other], 1, print, run)
+    assert run_cells([moved], 1, print, run) == []
+    assert ran == [one.args]
+    one.kept.unlink()  # as runs were left before options were kept
+    assert run_cells([other], 1, print, run) == []
 
 
 @pytest.fixture
