@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from threading import Thread
 import torch
 
 PRELOADED = ("editkit.trainer_cli", "editkit.retention.cli", "editkit.api", "peft")
+PLACES = ("--run=", "--out=", "--retain.shared=", "--trainer.default_root_dir=")
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,29 @@ class Cell:
 
     @property
     def is_done(self) -> bool:
-        """Whether its summary is there."""
-        return (self.folder / "summary.json").exists()
+        """Whether its summary is there.
+
+        Raises:
+            ValueError: If it was run with other options.
+        """
+        if not (self.folder / "summary.json").exists():
+            return False
+        if self.kept.exists() and self.kept.read_text(encoding="utf-8") != self.told:
+            raise ValueError(
+                f"{str(self.folder)!r} was run with other options (see {self.kept.name} beside "
+                "it); choose another --out or remove it"
+            )
+        return True
+
+    @property
+    def told(self) -> str:
+        """The content of the file of its options, without where things lie."""
+        return json.dumps([a for a in self.args if not a.startswith(PLACES)], indent=1) + "\n"
+
+    @property
+    def kept(self) -> Path:
+        """Where its options are kept, from its start; runs of old have none and count as done."""
+        return self.folder.with_name(f"{self.folder.name}.args.json")
 
     @property
     def log(self) -> Path:
@@ -96,6 +119,8 @@ def run_cells(
 
 def _timed(cell: Cell, run: Callable[[Cell], int]) -> str:
     started = time.perf_counter()
+    cell.kept.parent.mkdir(parents=True, exist_ok=True)
+    cell.kept.write_text(cell.told, encoding="utf-8")
     code = run(cell)
     state = "done  " if code == 0 and cell.is_done else "FAILED"
     return f"{state}  {cell.name}  {time.perf_counter() - started:.0f} s  ({cell.log})"
