@@ -127,11 +127,19 @@ def test_final_scores_are_the_mean_of_the_final_rows(fit):
 def test_a_finished_run_is_not_written_over_unless_told(fit, capsys):
     assert main(fit("--data.limit=2")) == 0
     before = Path("runs/x/summary.json").read_text()
+    tuned = Path("runs/x/retention/text")
+    (tuned / "arms" / "edited").mkdir(parents=True)
+    for name in ("summary.json", "arms/edited/done.json"):
+        (tuned / name).write_text("{}")
+    Path("runs/x/notes.txt").write_text("mine")
     assert main(fit("--data.limit=2")) == 1
+    assert tuned.exists()
     assert "holds a finished run" in capsys.readouterr().err
     assert Path("runs/x/summary.json").read_text() == before
     assert main(fit("--data.limit=3", "--run.overwrite=true")) == 0
     assert json.loads(Path("runs/x/summary.json").read_text())["edits_seen"] == 3
+    assert not Path("runs/x/retention").exists()  # of the model that was here before
+    assert Path("runs/x/notes.txt").exists()
 
 
 def test_a_stopped_run_resumes_to_the_same_probes(fit, tmp_path):

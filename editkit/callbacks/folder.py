@@ -19,6 +19,8 @@ LEFTOVERS = (
     "ability.jsonl", "conflicts.jsonl", "lm_eval.json",
     SUMMARY, PROBES, EDITS, PREDICTIONS, UNEDITED, REPORT, "wandb_run.txt", "config.yaml",
     "metrics*.csv", "adapter_config.json", "adapter_model.safetensors", "checkpoints/*.ckpt",
+    "retention/*/summary.json", "retention/*/retention.jsonl", "retention/*/probes.jsonl",
+    "retention/*/config.yaml", "retention/*/arms",
 )  # fmt: skip
 
 
@@ -38,9 +40,14 @@ def claim(folder: Path, overwrite: bool) -> None:
             f"{str(folder)!r} holds {state} run; {other}choose another --trainer.default_root_dir "
             "or pass --run.overwrite true"
         )
-    for pattern in LEFTOVERS:
-        for path in folder.glob(pattern):
+    for path in [path for pattern in LEFTOVERS for path in folder.glob(pattern)]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink()
+    for path in (*folder.glob("retention/*"), folder / "retention"):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 @contextmanager

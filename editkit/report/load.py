@@ -143,8 +143,8 @@ def load_run(folder: Path, name: str | None = None) -> Run:
         ability=read_lines(folder / "ability.jsonl", {"edits_seen"}, unfinished=not summary)[0],
         conflicts=read_lines(folder / "conflicts.jsonl", unfinished=not summary)[0],
         harness=read_json(folder / "lm_eval.json", {"tasks"}).get("tasks", {}),
-        tuned=[read_json(p, TUNED_KEYS) for p in sorted(folder.glob("retention/*/summary.json"))],
     )
+    run.tuned, others = _tuned(folder)
     artefact = [folder / f"adapter_{part}" for part in ("model.safetensors", "config.json")]
     if all(path.exists() for path in artefact):
         run.artefact_bytes = sum(path.stat().st_size for path in artefact)
@@ -152,8 +152,24 @@ def load_run(folder: Path, name: str | None = None) -> Run:
     if not summary or stale:
         run.finished = False
         run.summary = _summary_so_far(run, read_config(folder / "config.yaml"))
-    run.remarks = [*_remarks(run), *(["the last line of probes.jsonl was cut off"] * torn)]
+    run.remarks = [*_remarks(run), *others, *(["the last line of probes.jsonl was cut off"] * torn)]
     return run
+
+
+def _tuned(folder: Path) -> tuple[list[Row], list[str]]:
+    """Return the retention runs of the edits that are here, and remarks on those of others."""
+    found, others = [], []
+    for path in sorted(folder.glob("retention/*/summary.json")):
+        summary = read_json(path, TUNED_KEYS)
+        told = (summary.get("manifest") or {}).get("tensors_sha256")  # older ones do not say
+        if told is None or told == read_json(folder / "adapter_config.json").get("tensors_sha256"):
+            found.append(summary)
+        else:
+            others.append(
+                f"retention/{path.parent.name} is left out: it is of an earlier model of this "
+                "folder; run editkit retain again"
+            )
+    return found, others
 
 
 def _summary_so_far(run: Run, config: Row) -> dict[str, Any]:

@@ -28,3 +28,10 @@ def test_the_page_of_a_run_shows_its_retention_runs(make_run):
     assert "After fine-tuning" in page
     for text in ("maths", "lora, without prefix", "0.125", "3 say the old answer"):
         assert text in page
+    (run_folder / "adapter_config.json").write_text('{"tensors_sha256": "now"}')
+    for told, is_shown in (("now", True), ("before", False)):
+        summary["manifest"]["tensors_sha256"] = told
+        (folder / "summary.json").write_text(json.dumps(summary))
+        page = write_report([run_folder]).read_text()
+        assert ("3 say the old answer" in page) == is_shown
+        assert ("retention/maths is left out" in page) != is_shown
