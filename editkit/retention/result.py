@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from editkit.retention.cli import Retention
 
 ROWS, SUMMARY = "retention.jsonl", "summary.json"
+LOWER_IS_BETTER = {"perplexity"}
 
 
 def write_result(made: Retention) -> dict[str, Any]:
@@ -79,7 +80,7 @@ def _summary(
             for (arm, step), rows in told.items()
             if arm == "edited"
         ],
-        "downstream": _downstream(arms),
+        "downstream": _downstream(arms, made.objective.measure),
         "drift": own.numbers["drift"],
         "gate": {"before": gate_rates(own.edited), "after": gate_rates(own.steps[last])},
         "manifest": _manifest(made, own),
@@ -104,10 +105,11 @@ def _brief(found: dict[str, Any]) -> dict[str, Any]:
     return {name: found[name] for name in ("ERR", "IRR", "IRR_matched")}
 
 
-def _downstream(arms: dict[Any, ArmResult]) -> dict[str, float | None]:
+def _downstream(arms: dict[Any, ArmResult], measure: str) -> dict[str, float | None]:
     """Return the objective's own score before and after, with and without edits.
 
-    `tax` is what editing costs there: the control's score minus the edited model's.
+    `tax` is what editing costs there: how much better the control is than the edited model, the
+    difference of their scores with the sign turned where lower is better (perplexity).
     """
     own = arms["edited"]
     found = {
@@ -121,7 +123,8 @@ def _downstream(arms: dict[Any, ArmResult]) -> dict[str, float | None]:
         control = arms["control"]
         found["control"] = control.numbers[f"downstream_{control.last}"]
         if None not in (found["control"], found["tuned"]):
-            found["tax"] = found["control"] - found["tuned"]
+            sign = -1.0 if measure in LOWER_IS_BETTER else 1.0
+            found["tax"] = sign * (found["control"] - found["tuned"])
     return found
 
 
@@ -156,6 +159,7 @@ def _manifest(made: Retention, own: ArmResult) -> dict[str, Any]:
     objective = made.objective
     return {
         "base": made.run.artefact["base"],
+        "tensors_sha256": made.run.artefact["tensors_sha256"],
         "edits": len(made.run.standing),
         "items": len(made.items),
         "items_sha256": made.sha,

@@ -40,6 +40,8 @@ def test_a_run_has_its_control_its_identity_and_leaves_the_edited_model_alone(re
     assert sorted({r["ckpt_step"] for r in told if r["arm"] == "edited"}) == [2, 4]
     assert [c["step"] for c in summary["checkpoints"]] == [2, 4]
     assert summary["downstream"]["tuned"] < summary["downstream"]["edited"]  # perplexity falls
+    task = summary["downstream"]
+    assert task["tax"] == pytest.approx(task["tuned"] - task["control"])  # lower is better
     assert summary["drift"]["kl"] > 0
     assert min(*summary["drift"]["activations"].values(), *summary["drift"]["keys"].values()) > 0
     assert not list(folder.rglob("*.ckpt"))
