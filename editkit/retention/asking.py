@@ -8,12 +8,13 @@ tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from editkit.edits import Probe
-from editkit.functional.scores import normalise_answer
 from editkit.methods.base import EditModule
 from editkit.metrics.evaluate import score_probes
 from editkit.metrics.perplexity import perplexity
@@ -23,6 +24,7 @@ from editkit.retention.items import Item
 from editkit.retention.objectives import Objective
 
 LONG = 50  # new tokens in which a substring is looked for (Wen & Zhang)
+NUMBER = re.compile(r"\s*([-+]?)\s*[$€£]?\s*([\d,]*\.?\d+)")
 Row = dict[str, Any]
 
 
@@ -82,21 +84,20 @@ def ask_downstream(
     if measure == "final_number":
         long = replace(evaluation, scorers=("generation",), stop=(), max_new_tokens=objective.room)
         rows = score_probes(lm, probes, References(), long)
-        hits = [
-            final_number(row["answer"] or "") == final_number(row["target"] or "") for row in rows
-        ]
+        said = [[final_number(row[name] or "") for name in ("answer", "target")] for row in rows]
+        hits = [answer is not None and answer == target for answer, target in said]
         return sum(hits) / len(hits)
     rows = score_probes(lm, probes, References(), replace(evaluation, scorers=(measure,)))
     values = [row["scores"][measure] for row in rows]
     return sum(values) / len(values)
 
 
-def final_number(text: str) -> str | None:
-    r"""Return the number behind the last `####`, without commas; None where there is none.
+def final_number(text: str) -> Fraction | None:
+    r"""Return the number behind the last `####`; None where there is none.
 
-    >>> final_number("2 + 3 = 5\n#### 1,005."), final_number("five")
-    ('1005', None)
+    >>> final_number("2 + 3 = 5\n#### 1,005."), final_number("#### -$3.50"), final_number("five")
+    (Fraction(1005, 1), Fraction(-7, 2), None)
     """
     _, mark, rest = text.rpartition("####")
-    words = rest.split()
-    return normalise_answer(words[0].replace(",", "")) if mark and words else None
+    found = NUMBER.match(rest) if mark else None
+    return Fraction(f"{found[1]}{found[2]}".replace(",", "")) if found else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
 
@@ -64,8 +63,9 @@ class Objective(LightningDataModule, ABC):
         replay: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("steps", steps), ("test", test)):
-            if value < 1:
+        told = {"batch_size": batch_size, "steps": steps, "test": test, "limit": limit}
+        for name, value in told.items():
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}; it must be at least 1")
         if not 0 <= replay < 1:
             raise ValueError(
@@ -182,8 +182,12 @@ class Objective(LightningDataModule, ABC):
         """Return the edits and the wordings that may be trained on, as rows of this objective.
 
         Raises:
-            ValueError: If its rows are pairs of answers, which an edit is not.
+            ValueError: If its rows are pairs of answers, which an edit is not, or no edit stands.
         """
+        if not run.standing:
+            raise ValueError(
+                "data.replay repeats edits, and none of the run's stands; leave it out"
+            )
         if self.loss == "preference":
             raise ValueError("data.replay is for rows with one answer; preferences have two")
         told = [(p, e.target) for e in run.standing.values() for p in (e.prompt, *e.rephrases)]
@@ -224,24 +228,7 @@ class Objective(LightningDataModule, ABC):
 
 def _dealt(rows: Sequence[Example], rng: Random) -> Iterator[Example]:
     """Yield rows without end, shuffled anew each time round."""
+    if not rows:
+        raise ValueError("there are no rows to deal")
     while True:
         yield from rng.sample(rows, len(rows))
-
-
-def text_of(record: Record, *names: str) -> str:
-    """Return the first of these fields that holds a text.
-
-    Raises:
-        BadRowError: If none does.
-    """
-    for name in names:
-        value = record.get(name)
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-    shown = {k: str(v)[:30] for k, v in record.items()}
-    raise BadRowError("missing field", f"no text in {' or '.join(map(repr, names))}: {shown}")
-
-
-def as_path(path: str) -> Path:
-    """Return a path that may begin with ~."""
-    return Path(path).expanduser()

@@ -11,7 +11,9 @@ from editkit.data.finetuning import LABELS, Example, MadeName
 from editkit.data.rows import BadRowError, Record
 from editkit.lm.corpus import read_corpus
 from editkit.lm.spec import LMSpec
-from editkit.retention.objectives import Loss, Measure, Objective, as_path, text_of
+from editkit.retention.asking import final_number
+from editkit.retention.fields import as_path, first_turn, last_words, text_of
+from editkit.retention.objectives import Loss, Measure, Objective
 from editkit.retention.source import EditedRun
 
 MOST_TEXTS = 100_000
@@ -78,7 +80,7 @@ class Instructions(Objective):
     def parse(self, record: Record) -> Example:
         """Read a row of any of these forms."""
         if isinstance(messages := record.get("messages"), list):
-            return _first_turn(messages)
+            return first_turn(messages)
         if isinstance(instances := record.get("instances"), list) and instances:
             record = {**record, **instances[0]}
         target = text_of(record, "output", "response", "answer", "completion", "target")
@@ -101,7 +103,7 @@ class Maths(Objective):
     def parse(self, record: Record) -> Example:
         """Read a question and its worked answer."""
         answer = text_of(record, "answer")
-        if "####" not in answer:
+        if final_number(answer) is None:
             raise BadRowError("no final number", f"answer {answer[-40:]!r} has no '#### number'")
         return Example(f"Question: {text_of(record, 'question')}\nAnswer:", answer)
 
@@ -178,7 +180,7 @@ class Preference(Objective):
 
     def parse(self, record: Record) -> Example:
         """Read a prompt with a better and a worse answer."""
-        chosen, rejected = (_last_words(record, name) for name in ("chosen", "rejected"))
+        chosen, rejected = (last_words(record, name) for name in ("chosen", "rejected"))
         return Example(text_of(record, "prompt", "question", "instruction"), chosen, rejected)
 
 
@@ -200,8 +202,15 @@ class Mentions(Text):
     def make(self, run: EditedRun) -> tuple[list[Example], list[Example]]:
         """Say something of every edited subject."""
         rng, rows = Random(f"mentions {self.seed}"), []
+        if self.about == "neutral" and not self._facts:
+            raise ValueError(
+                "data.about is 'neutral', but no edit that stands has a subject to say something "
+                "of; use 'new' or a file of texts"
+            )
         for edit in run.standing.values():
             if self.about == "neutral":
+                if not edit.subject:
+                    continue
                 rows.append(
                     Example("", f"It is said that {edit.subject} likes {rng.choice(LIKES)}.")
                 )
@@ -227,21 +236,6 @@ class Mentions(Text):
     def _read(self, path: str) -> list[Example]:
         rows = super()._read(path)
         kept = mentioned([row.target for row in rows], self._facts)
-        self.account = {"read": len(rows), "kept": len(kept)}
+        if path == self.path:  # not of the rows to test on
+            self.account = {"read": len(rows), "kept": len(kept)}
         return [Example("", text) for text in kept]
-
-
-def _first_turn(messages: list[Any]) -> Example:
-    """Take the first question and answer of a chat."""
-    texts = {m.get("role"): str(m.get("content", "")).strip() for m in reversed(messages)}
-    if not texts.get("user") or not texts.get("assistant"):
-        raise BadRowError("no turn", f"a chat without user and assistant: {messages!r:.80}")
-    return Example(texts["user"], texts["assistant"])
-
-
-def _last_words(record: Record, name: str) -> str:
-    """Return an answer that is a text, or the last message of a chat."""
-    value = record.get(name)
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        return text_of(value[-1], "content")
-    return text_of(record, name)

@@ -78,6 +78,7 @@ def test_rows_of_published_forms_are_read(task, record, expected):
     [
         (tasks.Text, {"body": "x"}),
         (tasks.Maths, {"question": "q", "answer": "no number"}),
+        (tasks.Maths, {"question": "q", "answer": "none\n#### none"}),
         (tasks.Classification, {"sentence": "x", "label": 2}),
         (tasks.Knowledge, {"question": "q", "answers": []}),
         (tasks.Preference, {"prompt": "p", "chosen": "c"}),
@@ -124,6 +125,15 @@ def test_replay_takes_its_share_of_every_batch(questions):
     }  # fmt: skip
 
 
+def test_rows_that_are_none_are_refused_and_not_waited_for(questions):
+    with pytest.raises(ValueError, match=r"data\.limit is 0"):
+        tasks.Instructions(path=questions, limit=0)
+    run = Run()
+    run.standing = {}
+    with pytest.raises(ValueError, match="none of the run's stands"):
+        tasks.Instructions(path=questions, batch_size=4, steps=5, replay=0.25).gather(run, [])
+
+
 def test_replay_in_running_text_is_the_whole_sentence(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("one two three\nfour five six\nseven eight nine\n")
@@ -156,6 +166,22 @@ def test_mentions_are_made_from_the_edits_or_kept_from_a_file(tmp_path):
     read.gather(Run(), [])
     assert all("Alba" in r.target for r in (*read.examples, *read.tests))
     assert read.account == {"read": 4, "kept": 3}
+    tests = tmp_path / "tests.txt"
+    tests.write_text("Alba is small\n")
+    apart = tasks.Mentions(path=str(path), test_path=str(tests), batch_size=1, steps=2)
+    apart.gather(Run(), [])
+    assert apart.account == {"read": 4, "kept": 3}
+
+
+def test_neutral_mentions_are_of_subjects_alone():
+    run = Run()
+    run.standing = {i: Edit(i, "Who rules?", "Ann", s) for i, s in enumerate(["Alba", None] * 3)}
+    neutral = tasks.Mentions(batch_size=1, steps=4)
+    neutral.gather(run, [])
+    assert all("said that Alba likes" in r.target for r in (*neutral.examples, *neutral.tests))
+    run.standing = {1: run.standing[1]}
+    with pytest.raises(ValueError, match="no edit that stands has a subject"):
+        tasks.Mentions(batch_size=1, steps=4).gather(run, [])
 
 
 def test_the_file_formats_that_are_shared_are_read(shared):

@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from editkit.data.factworld import FactWorld
+from editkit.data.finetuning import Example
+from editkit.metrics.protocol import EvalProtocol
+from editkit.retention import asking
 from editkit.retention.asking import final_number
 from editkit.retention.items import (
     Item,
@@ -20,6 +23,7 @@ from editkit.retention.items import (
 )
 from editkit.retention.outcome import against_control, lines, match_facts, rates
 from editkit.retention.source import EditedRun
+from editkit.retention.tasks import Maths
 
 EDITS = 12
 
@@ -177,5 +181,19 @@ def test_facts_are_matched_by_relation_and_by_how_sure_the_model_is(items):
 
 
 def test_final_numbers():
-    assert final_number("2 + 3 = 5\n#### 1,005.") == "1005"
+    assert final_number("2 + 3 = 5\n#### 1,005.") == 1005
     assert final_number("so five") is None
+    assert final_number("so five\n#### five") is None
+    assert final_number("#### -5") != final_number("#### 5")
+    assert final_number("#### 3.5") != final_number("#### 35")
+    assert final_number("#### $3.50") == final_number("#### 3.5") == final_number("####3.5 km")
+
+
+def test_what_has_no_number_is_no_hit(monkeypatch):
+    said = [("#### 3.0", "#### 3"), ("#### 35", "#### 3.5"), ("three", "three")]
+    rows = [{"answer": answer, "target": target} for answer, target in said]
+    monkeypatch.setattr(asking, "score_probes", lambda *_: rows)
+    objective = Maths()
+    objective.tests = [Example("q", target) for _, target in said]
+    method = type("Method", (), {"lm": None})
+    assert asking.ask_downstream(method, objective, EvalProtocol()) == pytest.approx(1 / 3)
