@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from editkit.adapters.io import write_lines
 from editkit.edits import Edit
@@ -84,7 +85,7 @@ class Watch(Callback):
         self.folder, self.questions, self.objective = folder, questions, objective
         self.run = run
         self.numbers: dict[str, Any] = {}
-        self.asked_at = -1
+        self.asked_at, self.is_over = -1, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: FineTuneEdited) -> None:
         """Ask before the first step; a resumed run reads what was found."""
@@ -148,6 +149,19 @@ class Watch(Callback):
             "trained_tensors": len(pl_module.trained),
         }
         self._finish()
+        self.is_over = True
+
+    def on_fit_end(self, trainer: Trainer, pl_module: FineTuneEdited) -> None:
+        """End what was resumed behind its last step, too, where Lightning trains no more."""
+        if not self.is_over:
+            self.on_train_end(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: FineTuneEdited, exception: BaseException
+    ) -> None:
+        """Keep what was done where the run is told to end; Lightning does so between two steps."""
+        if isinstance(exception, SIGTERMException) and trainer.checkpoint_callback is not None:
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         """Keep the numbers found before the first step."""

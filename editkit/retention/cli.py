@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from editkit.callbacks.devices import ToldToEnd, one_end
@@ -75,6 +76,10 @@ class Retention:
             raise ValueError(
                 f"trainer.max_epochs is {config.trainer.max_epochs}; the length is --data.steps, "
                 "which deals the rows anew as often as it takes"
+            )
+        if wrong := [step for step in self.settings.at if not 1 <= step <= self.objective.steps]:
+            raise ValueError(
+                f"retain.at has {wrong[0]}; the steps are 1 to {self.objective.steps} (data.steps)"
             )
         self._check_reach(config)
         self.run = EditedRun(Path(config.run), config.trust)
@@ -156,6 +161,8 @@ class Retention:
         resumed = checkpoint_of(folder)
         with one_end(trainer, "the same command goes on"):
             trainer.fit(module, datamodule=self.objective, ckpt_path=resumed)
+            if trainer.received_sigterm:  # behind the last step, while the end was asked
+                raise SIGTERMException
         if trainer.interrupted:
             raise KeyboardInterrupt
 

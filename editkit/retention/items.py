@@ -63,6 +63,9 @@ class ProbeSets:
                 f"intrinsic_per_edit is {self.intrinsic_per_edit}, matched_per_edit is "
                 f"{self.matched_per_edit}, unknown is {self.unknown}; use 1 or more, and 0 or more"
             )
+        for name in ("rephrases", "neighbours"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"probes.{name} is {value}; use 0 or more, or leave it out")
 
 
 @dataclass(frozen=True, slots=True)

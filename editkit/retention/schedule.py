@@ -12,11 +12,18 @@ class Schedule:
 
     Args:
         shape: `linear` falls to 0 at the last step, `constant` stays.
-        warmup: Share of the steps in which it rises from 0.
+        warmup: Share of the steps in which it rises from 0; from 0 to below 1.
     """
 
     shape: Literal["linear", "constant"] = "linear"
     warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check user input."""
+        if not 0 <= self.warmup < 1:
+            raise ValueError(
+                f"schedule.warmup is {self.warmup}; it is a share of the steps, from 0 to below 1"
+            )
 
     def factor(self, step: int, steps: int) -> float:
         """Return the share of the learning rate at a step of so many.

@@ -58,7 +58,7 @@ class Settings:
     relearn: int = 0
     drift_texts: int = 50
     drift_edits: int = 100
-    checkpoint_every: int = 200
+    checkpoint_every: int = 50
     shared: Path | None = None
 
     def __post_init__(self) -> None:
@@ -68,6 +68,10 @@ class Settings:
                 f"retain.arms is {list(self.arms)}; the edited arm must be among them, and with "
                 "--retain.reapply or --retain.reedit the control arm, too"
             )
+        told = {"checkpoint_every": 1, "relearn": 0, "drift_texts": 0, "drift_edits": 0}
+        for name, least in told.items():
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"retain.{name} is {value}; it must be at least {least}")
 
     @property
     def after(self) -> list[str]:

@@ -174,16 +174,46 @@ def test_an_arm_that_is_killed_behind_its_last_step_is_asked_again(retain, monke
 
 
 def test_an_arm_that_is_told_to_end_says_so_and_goes_on(retain, capsys):
-    args = ("--retain.arms=[edited]", "--retain.checkpoint_every=2")
+    args = ("--retain.arms=[edited]",)
     _, straight = retain(*args, out="straight")
     tell = partial(os.kill, os.getpid(), signal.SIGTERM)
     with stopped_at(3, tell), pytest.raises(SystemExit) as ended:
         retain(*args, out="told")
     assert ended.value.code == 143
     assert "told to end (SIGTERM); the same command goes on" in capsys.readouterr().err
-    code, told = retain(*args, out="told")
+    went_on = []
+    with stopped_at(4, lambda: went_on.append(4)), stopped_at(3, lambda: went_on.append(3)):
+        code, told = retain(*args, out="told")
     assert code == 0
+    assert went_on == [4]
     assert lines_of(told) == lines_of(straight)
+
+
+def test_an_arm_that_ends_by_its_steps_is_finished_where_it_was_killed_behind_them(
+    retain, monkeypatch
+):
+    args = ("--retain.arms=[edited,identity]", "--retain.checkpoint_every=5", "--data.steps=6")
+    real, calls = arms.drift, []
+
+    def drift(*given):
+        calls.append(given)
+        return real(*given) if len(calls) == 1 else kill()
+
+    monkeypatch.setattr(arms, "drift", drift)
+    with pytest.raises(Killed):
+        retain(*args)
+    monkeypatch.setattr(arms, "drift", real)
+    code, folder = retain(*args)
+    assert code == 0
+    assert summary_of(folder)["identity"]["exact"]
+
+
+def test_a_run_that_is_told_to_end_at_the_end_of_an_arm_does_not_begin_another(retain, tmp_path):
+    args = ("--retain.arms=[edited,control]",)
+    with stopped_at(4, partial(os.kill, os.getpid(), signal.SIGTERM)), pytest.raises(SystemExit):
+        retain(*args, out="told")
+    made = [path.name for path in (tmp_path / "told" / "arms").iterdir()]
+    assert made == ["edited"]
 
 
 def arms_in(folder):
@@ -432,6 +462,15 @@ def test_preferences_are_learnt_from_the_start_of_each_arm(retain, tmp_path):
         (["--model.kind=lora", "--model.adapter.roles=[mouth]"], "leaves nothing to train"),
         (["--retain.arms=[control]"], "the edited arm must be among them"),
         (["--data.replay=0.01"], "of 4 rows that is none"),
+        (["--data.limit=0"], "data.limit is 0"),
+        (["--retain.at=[2,5]"], "retain.at has 5; the steps are 1 to 4"),
+        (["--retain.at=[0]"], "retain.at has 0"),
+        (["--retain.drift_texts=-1"], "retain.drift_texts is -1"),
+        (["--retain.drift_edits=-1"], "retain.drift_edits is -1"),
+        (["--retain.checkpoint_every=0"], "retain.checkpoint_every is 0"),
+        (["--retain.relearn=-2"], "retain.relearn is -2"),
+        (["--probes.rephrases=-1"], "probes.rephrases is -1"),
+        (["--model.schedule.warmup=1"], "schedule.warmup is 1"),
         (["--trainer.max_epochs=3"], "the length is --data.steps"),
         (["--evaluation.scorers=[nll]"], "lacks ['generation']"),
         (["--data=Maths"], "needs `question`"),
