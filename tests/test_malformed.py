@@ -207,6 +207,12 @@ ARTEFACTS = {
     "tensors of another method": (tensors_with(lambda k: k + "s", True), "another method"),
     "tensors of another layer": (other_arguments, "another method"),
     "ledger cut short": (cut("edits.jsonl", 9), "edits.jsonl"),
+    "base with a field that it does not have": (config_with(lm={"name": "x"}), CONFIG),
+    "base that is no record": (config_with(lm="llama"), CONFIG),
+    "weights that are no record": (config_with(base="x"), CONFIG),
+    "weights without a hash": (config_with(base={"id": "x"}), CONFIG),
+    "arguments that are no record": (config_with(init_args=[1]), CONFIG),
+    "edits that are no number": (config_with(edits_seen="many"), CONFIG),
 }
 
 
@@ -231,6 +237,55 @@ def test_an_artefact_on_another_base_names_both_hashes(saved, tiny, tmp_path):
     with pytest.raises(ValueError, match=own[:12]) as told:
         editkit.load_edited(saved, lm=its)
     assert str(told.value).count("weights ") == 2
+
+
+def written(name, text):
+    return lambda run: (run / name).write_text(text)
+
+
+def ledger_with(line):
+    def change(run):
+        kept = (run / "edits.jsonl").read_text().splitlines()
+        (run / "edits.jsonl").write_text(f"{kept[0]}\n{line}\n")
+
+    return change
+
+
+def with_summary(text):
+    def change(run):
+        data = "data: {class_path: editkit.data.factworld.FactWorld, init_args: {limit: 2}}\n"
+        (run / "config.yaml").write_text(data)
+        (run / "summary.json").write_text(text)
+
+    return change
+
+
+EDITED_RUNS = {
+    "edits that are no record": (config_with(lm="llama"), CONFIG),
+    "a line with nothing in it": (ledger_with("{}"), "line 2 of"),
+    "a line that is a list": (ledger_with("[1]"), "line 2 of"),
+    "an edit without a number": (ledger_with('{"edit_id": "a", "prompt": "p", "target": "t", '
+                                             '"undone": false}'), "an edit_id is 'a'"),
+    "a ledger that lacks a line": (
+        lambda run: written("edits.jsonl", (run / "edits.jsonl").open().readline())(run),
+        "names 1 of the 2 edits",
+    ),
+    "config broken": (written("config.yaml", "data: [x\n"), "config.yaml' is damaged"),
+    "config is a list": (written("config.yaml", "[1]\n"), "config.yaml' is damaged"),
+    "data is a word": (written("config.yaml", "data: x\n"), "config.yaml' is damaged"),
+    "summary cut short": (with_summary('{"prot'), "summary.json' is damaged"),
+    "summary is a list": (with_summary("[]"), "summary.json' is damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITED_RUNS)
+def test_a_run_that_is_not_whole_is_not_fine_tuned(name, saved, tmp_path, capsys):
+    spoil, match = EDITED_RUNS[name]
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    spoil(run)
+    task = ["--data=editkit.retention.tasks.Text", "--data.path=texts.txt"]
+    check_refused(["retain", f"--run={run}", *task], match, capsys, tmp_path)
 
 
 # checkpoints and configs

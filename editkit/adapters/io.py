@@ -22,6 +22,10 @@ from editkit.adapters.base import EditLayer
 
 FORMAT = 1
 NEEDED = ("tensors_sha256",)
+KINDS = {
+    "class_path": str, "init_args": dict, "lm": dict, "base": dict, "edits_seen": int,
+    "sites": list, "tensors_sha256": str,
+}  # fmt: skip
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -99,6 +103,8 @@ def read_config(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         newest = int(config.get("format", 0))
         missing = [name for name in (*NEEDED, *needed) if name not in config]
+        if newest <= FORMAT:
+            _check_kinds(config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{str(path)!r} is damaged ({error}); save the run again") from error
     if newest <= FORMAT and missing:
@@ -108,6 +114,16 @@ def read_config(folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
             f"{str(path)!r} has format {newest}, this editkit reads up to {FORMAT}; upgrade editkit"
         )
     return config
+
+
+def _check_kinds(config: dict[str, Any]) -> None:
+    """Refuse values of another kind than they are written with."""
+    for name, kind in KINDS.items():
+        if name in config and not isinstance(config[name], kind):
+            raise ValueError(f"{name!r} is {config[name]!r:.40}, no {kind.__name__}")
+    for name in ("id", "hash") if "base" in config else ():
+        if not isinstance(config["base"].get(name), str):
+            raise ValueError(f"{name!r} of 'base' is {config['base'].get(name)!r:.40}, no str")
 
 
 def load_adapter(folder: Path, layers: dict[str, EditLayer]) -> None:

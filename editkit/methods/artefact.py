@@ -10,7 +10,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 
 import editkit
-from editkit.adapters.io import load_adapter, read_config, save_adapter
+from editkit.adapters.io import CONFIG, load_adapter, read_config, save_adapter
 from editkit.lm.load import weight_hash
 from editkit.lm.spec import PACKAGED, LMSpec
 from editkit.methods.arguments import refused
@@ -97,7 +97,10 @@ def load_edits(
         ValueError: If the artefact is damaged, from another base, or not trusted.
     """
     config = read_config(folder, ("class_path", "init_args", "lm", "base", "edits_seen"))
-    spec = lm or LMSpec(**config["lm"])
+    try:
+        spec = lm or LMSpec(**config["lm"])
+    except TypeError as error:  # a field that a spec does not have
+        raise ValueError(f"{str(folder / CONFIG)!r} is damaged ('lm': {error})") from error
     spec = replace(spec, dtype=dtype or spec.dtype)
     if lm is None and spec.trust_remote_code and not trust:
         raise ValueError(

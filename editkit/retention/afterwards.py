@@ -76,7 +76,7 @@ def edited_afresh(method: EditModule, run: EditedRun, folder: Path) -> EditModul
     )  # fmt: skip
     fresh.configure_model()
     fresh.to(method.lm.device)
-    made = [entry for entry in run.ledger if entry["edit_id"] in run.standing]
+    made = [entry for entry in run.made if entry["edit_id"] in run.standing]
     with torch.enable_grad():
         for _, entries in groupby(made, key=lambda entry: entry["step"]):
             fresh.apply_edits([run.standing[entry["edit_id"]] for entry in entries])

@@ -109,7 +109,7 @@ def _asked(run: EditedRun, sets: ProbeSets) -> list[Item]:
     """Return what the run itself asks of the edits that stand."""
     found, counts = [], {}
     most = {"rephrase": sets.rephrases, "neighbour": sets.neighbours}
-    end = len(run.data.edits)
+    end = max(edit.id for edit in run.data.edits) + 1
     for probe in run.data.probes:
         edit = run.standing.get(-1 if probe.edit_id is None else probe.edit_id)
         if edit is None or not probe.is_due(end) or probe.kind not in PROMPT_KINDS:

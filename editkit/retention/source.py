@@ -6,46 +6,25 @@ and its ledger then stands for the stream.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from safetensors import safe_open
 
 from editkit.adapters.io import TENSORS, read_config
 from editkit.callbacks.folder import EDITS, SUMMARY
-from editkit.callbacks.rows import read_rows
 from editkit.data.base import EditDataModule
 from editkit.data.facts import read_facts
 from editkit.data.factworld import FactWorld
 from editkit.data.source import plain, sha256_of
 from editkit.data.world import World
 from editkit.edits import Edit, Probe
-
-
-class LedgerStream(EditDataModule):
-    """The edits of a ledger, each asked its own prompt.
-
-    Args:
-        ledger: Lines of `edits.jsonl`.
-    """
-
-    def __init__(self, ledger: list[dict[str, Any]]) -> None:
-        super().__init__()
-        self.ledger = ledger
-
-    def load(self) -> tuple[list[Edit], list[Probe]]:
-        """Turn the lines into edits."""
-        edits = [
-            Edit(i, entry["prompt"], entry["target"], entry["subject"])
-            for i, entry in enumerate(self.ledger)
-        ]
-        probes = [Probe(f"{e.id}.rel", e.id, "reliability", e.prompt, e.target) for e in edits]
-        return edits, probes
+from editkit.report.files import read_config as read_yaml
+from editkit.report.files import read_json
+from editkit.retention.ledger import LedgerStream, read_ledger
 
 
 @dataclass
@@ -66,26 +45,31 @@ class EditedRun:
     def __post_init__(self) -> None:
         """Read what the run left behind."""
         self.folder = Path(self.folder)
-        self.artefact = read_config(self.folder)
-        if not (self.folder / EDITS).is_file():
+        needed = "class_path", "init_args", "lm", "base", "edits_seen"
+        self.artefact = read_config(self.folder, needed)
+        self.ledger = read_ledger(self.folder, self.artefact)
+        self.made = [e for e in self.ledger if not (e["undone"] or e.get("rolled_back"))]
+        if not self.made:
             raise ValueError(
-                f"{str(self.folder)!r} has no {EDITS}; give the folder of an edited run"
+                f"{str(self.folder)!r} holds no edit that stands; there is nothing to retain"
             )
-        self.ledger = read_rows(self.folder / EDITS)
-        if not self.ledger:
-            raise ValueError(f"{str(self.folder)!r} holds no edits; there is nothing to retain")
         self.data = self._stream()
+        if not self.standing:
+            raise ValueError(
+                f"none of the edits of {str(self.folder / EDITS)!r} is in the stream that its "
+                "config.yaml names; save the edits into a folder of their own"
+            )
 
     def _stream(self) -> EditDataModule:
-        path, summary = self.folder / "config.yaml", self.folder / SUMMARY
+        path = self.folder / "config.yaml"
         if not path.is_file():
-            stream: EditDataModule = LedgerStream(self.ledger)
+            stream: EditDataModule = LedgerStream(self.made)
             stream.setup()
             return stream
         stream = self._configured(path)
         stream.setup()
-        told = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-        sha = told.get("protocol", {}).get("data_sha256")
+        told = read_json(self.folder / SUMMARY).get("protocol")
+        sha = told.get("data_sha256") if isinstance(told, dict) else None
         if sha is not None and sha != sha256_of(stream.edits):
             raise ValueError(
                 f"the stream that {str(path)!r} names is no longer the one that was edited; its "
@@ -94,9 +78,9 @@ class EditedRun:
         return stream
 
     def _configured(self, path: Path) -> EditDataModule:
-        import yaml
-
-        told = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data") or {}
+        told = read_yaml(path).get("data")
+        if not isinstance(told, dict):
+            raise ValueError(f"{str(path)!r} is damaged ('data' is {told!r:.40}, no mapping)")
         name = str(told.get("class_path"))
         if not self.trust and not name.startswith("editkit."):
             raise ValueError(
@@ -121,8 +105,7 @@ class EditedRun:
     @cached_property
     def standing(self) -> dict[int, Edit]:
         """Edits that were made and not taken back, by id."""
-        gone = {e["edit_id"] for e in self.ledger if e["undone"] or e.get("rolled_back")}
-        made = {e["edit_id"] for e in self.ledger} - gone
+        made = {entry["edit_id"] for entry in self.made}
         return {edit.id: edit for edit in self.data.edits if edit.id in made}
 
     @cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ def folder(tmp_path_factory):
     data = {"class_path": "editkit.data.factworld.FactWorld", "init_args": options}
     (path / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     config = {"class_path": "editkit.methods.ft.FT", "base": {"id": "factworld", "hash": "x"}}
-    config |= {"format": 1, "tensors_sha256": ""}
+    config |= {"format": 1, "tensors_sha256": "", "init_args": {}, "lm": {}, "edits_seen": EDITS}
     (path / "adapter_config.json").write_text(json.dumps(config))
     stream = FactWorld(**options)
     stream.setup()
@@ -116,6 +117,43 @@ def test_a_stream_that_has_changed_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="no longer the one that was edited"):
         EditedRun(folder)
     (folder / "summary.json").unlink()
+
+
+def test_edits_with_ids_of_their_own_are_all_asked(folder, tmp_path):
+    shutil.copy(folder / "adapter_config.json", tmp_path)
+    lines = (folder / "edits.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["edit_id"] += 1000
+
+    def save():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "edits.jsonl").write_text(text)
+
+    save()
+    facts = tmp_path / "facts.jsonl"
+    facts.write_text('{"prompt": "Oslo lies in", "subject": "Oslo", "target": "Norway"}\n')
+    run = EditedRun(tmp_path)
+    asked = of(make_items(run, ProbeSets(facts=facts)), "E", "rewrite")
+    assert {i.probe.edit_id: i.probe.prompt for i in asked} == {
+        row["edit_id"]: row["prompt"] for row in rows if not row["undone"]
+    }
+    assert {*run.standing} == {i.probe.edit_id for i in asked}
+    rows[0]["edit_id"] = 1001
+    save()
+    with pytest.raises(ValueError, match="has edit 1001 twice"):
+        EditedRun(tmp_path)
+    for row in rows:
+        row["undone"] = True
+    save()
+    with pytest.raises(ValueError, match="holds no edit that stands"):
+        EditedRun(tmp_path)
+    for i, row in enumerate(rows):
+        row |= {"undone": False, "edit_id": 1000 + i}
+    save()
+    shutil.copy(folder / "config.yaml", tmp_path)
+    with pytest.raises(ValueError, match="is in the stream that its"):
+        EditedRun(tmp_path)
 
 
 def answer(item: Item, said: str, nll: float = 0.5) -> dict:
