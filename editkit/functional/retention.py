@@ -145,3 +145,24 @@ def cosine(first: Tensor, second: Tensor) -> float | None:
     """Cosine between two changes of a weight, taken as vectors; None where one is zero."""
     sizes = float(first.norm() * second.norm())
     return float((first * second).sum()) / sizes if sizes else None
+
+
+def dora_change(
+    weight: Tensor, delta: Tensor, magnitude: Tensor, is_transposed: bool = False
+) -> Tensor:
+    """Change of a matrix by a DoRA adapter: m (W + sBA) / ||W + sBA|| - W (Liu et al. 2024, eq. 5).
+
+    Args:
+        weight: W, a row for each output.
+        delta: sBA, of the same form.
+        magnitude: m, one for each output.
+        is_transposed: Outputs are columns, as in GPT-2's Conv1D.
+
+    >>> w, up = Tensor([[3.0, 0.0]]), Tensor([[0.0, 4.0]])
+    >>> dora_change(w, up, Tensor([10.0])).tolist()
+    [[3.0, 8.0]]
+    """
+    moved = weight + delta
+    axis = 0 if is_transposed else 1
+    size = moved.norm(dim=axis, keepdim=True)
+    return magnitude.reshape_as(size) / size * moved - weight

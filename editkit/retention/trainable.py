@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from editkit.adapters.base import EditLayer
+from editkit.functional.retention import dora_change
 from editkit.lm.editable import EditableLM
 from editkit.lm.sites import Site
 
@@ -241,5 +242,9 @@ def changes(lm: EditableLM, start: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, module in lm.model.named_modules():
         if hasattr(module, "get_delta_weight") and ADAPTER in getattr(module, "lora_A", {}):
             delta = module.get_delta_weight(ADAPTER).detach().cpu().float()
+            if ADAPTER in module.lora_magnitude_vector:  # of DoRA
+                size = module.lora_magnitude_vector[ADAPTER].weight.detach().cpu().float()
+                weight = module.get_base_layer().weight.detach().cpu().float()
+                delta = dora_change(weight, delta, size, module.fan_in_fan_out)
             found[f"{name}.base_layer.weight"] = delta
     return found

@@ -68,6 +68,27 @@ def test_an_adapter_on_top_trains_beside_the_edit_and_shows_in_the_output(tiny, 
         )
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_change_of_an_adapter_is_that_of_the_weight_it_acts_as(tiny, edits, architecture, kind):
+    lm = edited_model(tiny, architecture, edits).lm
+    trained = choose_trainable(lm, kind, "backbone", Freeze(), SMALL, seed=0)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.1)
+    found = changes(lm, {})
+    assert found
+    for name, change in found.items():
+        module = lm.model.get_submodule(name.removesuffix(".base_layer.weight"))
+        base = module.base_layer.weight.detach()
+        is_transposed = hasattr(module.base_layer, "nf")
+        with torch.no_grad():
+            size = base.shape[0] if is_transposed else base.shape[1]
+            acts_FD = module(torch.eye(size)) - module(torch.zeros(1, size))
+        acts = acts_FD if is_transposed else acts_FD.T
+        torch.testing.assert_close(change, acts - base, rtol=1e-4, atol=1e-5)
+
+
 def test_policies_freeze_the_blocks_they_name(tiny, edits):
     lm = edited_model(tiny, "llama", edits, layer=1).lm
     assert edited_blocks(lm) == [1]
