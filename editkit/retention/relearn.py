@@ -21,6 +21,7 @@ from editkit.functional.scores import row_scores
 from editkit.metrics.intervals import estimate
 from editkit.retention.answers import Rows
 from editkit.retention.items import Item
+from editkit.retention.outcome import subset_of
 
 if TYPE_CHECKING:
     from editkit.retention.finetune import FineTuneEdited
@@ -31,8 +32,8 @@ Pair = tuple[Item, Item]
 def lost_pairs(items: Sequence[Item], base: Rows, edited: Rows, tuned: Rows) -> list[Pair]:
     """Return the edits that are lost, each with the fact that takes its answer.
 
-    Edits that overwrite get a fact that the base model knows, those that insert one that it never
-    read of, while there are any.
+    Edits that overwrite what the base model knew get a fact that it knows, those that insert one
+    that it never read of, while there are any.
     """
     free = {
         "K": [i for i in items if i.set == "K" and _is_right(base, i)],
@@ -42,9 +43,15 @@ def lost_pairs(items: Sequence[Item], base: Rows, edited: Rows, tuned: Rows) -> 
     for item in items:
         if item.prompt_kind != "rewrite" or item.id not in tuned:
             continue
-        if _is_right(base, item) or not _is_right(edited, item) or _is_right(tuned, item):
+        if (
+            item.id not in base
+            or _is_right(base, item)
+            or not _is_right(edited, item)
+            or _is_right(tuned, item)
+        ):
             continue
-        for name in ("K", "U") if item.old is not None else ("U", "K"):
+        is_known = subset_of(item, base[item.id]) == "overwritten"
+        for name in ("K", "U") if is_known else ("U", "K"):
             fits = [i for i in free[name] if _fits(i, item)]
             if fits:
                 free[name].remove(fits[0])

@@ -10,6 +10,7 @@ import yaml
 
 from editkit.data.factworld import FactWorld
 from editkit.data.finetuning import Example
+from editkit.edits import Probe
 from editkit.metrics.protocol import EvalProtocol
 from editkit.retention import asking
 from editkit.retention.asking import final_number
@@ -23,6 +24,7 @@ from editkit.retention.items import (
     thaw,
 )
 from editkit.retention.outcome import against_control, lines, match_facts, rates
+from editkit.retention.relearn import lost_pairs
 from editkit.retention.source import EditedRun
 from editkit.retention.tasks import Maths
 
@@ -216,6 +218,19 @@ def test_facts_are_matched_by_relation_and_by_how_sure_the_model_is(items):
     assert chosen == {pool[0].id}  # 2 nats is nearest to .1
     edited[pool[0].id] = answer(pool[0], "lost")
     assert pool[0].id not in match_facts(asked, base, edited, 1)
+
+
+@pytest.mark.parametrize(("said", "partner"), [("old", "K"), ("something", "U")])
+def test_lost_edits_are_paired_by_what_the_base_model_knew(said, partner):
+    def item(letter, kind, name, target, old=None):
+        return Item(letter, kind, Probe(name, 0, "intrinsic", name, target), "r", "s", old)
+
+    own = item("E", "rewrite", "e", "new", old="old")
+    items = [own, item("K", "intrinsic", "k", "x"), item("U", "unknown", "u", "y")]
+    edited = {i.id: answer(i, i.probe.target) for i in items}
+    base, tuned = edited | {"e": answer(own, said)}, edited | {"e": answer(own, "old")}
+    ((lost, other),) = lost_pairs(items, base, edited, tuned)
+    assert (lost, other.set) == (own, partner)
 
 
 def test_final_numbers():
