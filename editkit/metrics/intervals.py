@@ -83,17 +83,8 @@ def estimate_harmonic(
         The harmonic mean, its interval, the number of rows and of clusters; no value where a part
         has no rows.
     """
-    columns: dict[object, int] = {}
-    for p, (_, edit_ids) in enumerate(parts):
-        for r, edit_id in enumerate(edit_ids):
-            columns.setdefault((p, r) if edit_id is None else edit_id, len(columns))
-    sum_PC, count_PC = np.zeros((2, len(parts), len(columns)))
-    for p, (values, edit_ids) in enumerate(parts):
-        for r, (value, edit_id) in enumerate(zip(values, edit_ids, strict=True)):
-            column = columns[(p, r) if edit_id is None else edit_id]
-            sum_PC[p, column] += value
-            count_PC[p, column] += 1
-    size = len(columns)
+    sum_PC, count_PC = _table(parts)
+    size = sum_PC.shape[1]
     result = Estimate(value=None, low=None, high=None, n=int(count_PC.sum()), edits=size)
     if not parts or not count_PC.sum(1).all():
         return result
@@ -115,23 +106,30 @@ def estimate_contrast(
     second: tuple[Sequence[float], Sequence[int | None]],
     how: Literal["difference", "ratio"],
     seed: int = 0,
+    is_joint: bool = False,
 ) -> Estimate:
     """Mean of one set of rows minus, or over, the mean of another, each resampled by its edits.
 
     Args:
         first: Scores and edits of its rows; nan is left out.
-        second: The same; the sets share no edit.
+        second: The same; the sets share no edit, unless they are resampled together.
         how: `difference` is first - second, `ratio` is first / second.
         seed: Seed of the resampling.
+        is_joint: Draw an edit's rows of both sets together, as `estimate_harmonic` does.
 
     Returns:
         The contrast, its interval, the number of rows and of clusters; no value where a set has no
         rows, or the second mean of a ratio is 0. Resamples that have no ratio are left out.
     """
-    parts = [_clusters(*part) for part in (first, second)]
+    if is_joint:
+        parts = [*zip(*_table((first, second)), strict=True)]
+        size = len(parts[0][0])
+    else:
+        parts = [_clusters(*part) for part in (first, second)]
+        size = sum(len(count_C) for _, count_C in parts)
     count = int(sum(count_C.sum() for _, count_C in parts))
-    result = Estimate(value=None, low=None, high=None, n=count, edits=sum(len(c) for _, c in parts))
-    if not all(len(count_C) for _, count_C in parts):
+    result = Estimate(value=None, low=None, high=None, n=count, edits=size)
+    if not all(count_C.sum() for _, count_C in parts):
         return result
 
     def contrast(means: list[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -141,17 +139,40 @@ def estimate_contrast(
 
     value = float(contrast([sum_C.sum() / count_C.sum() for sum_C, count_C in parts]))
     result["value"] = None if math.isnan(value) else value
+    if is_joint and result["edits"] == 1:
+        return result  # from one cluster there is no interval
     draw, means = np.random.default_rng(seed), []
+    times_RC = np.zeros((0, 0))
     for sum_C, count_C in parts:
         size = len(count_C)
-        times_RC = draw.multinomial(size, [1 / size] * size, RESAMPLES)
-        means.append((times_RC @ sum_C) / (times_RC @ count_C))
+        if not (is_joint and means):
+            times_RC = draw.multinomial(size, [1 / size] * size, RESAMPLES)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            means.append((times_RC @ sum_C) / (times_RC @ count_C))
     found = contrast(means)
     if result["value"] is not None and not np.isnan(found).all():
         tail = (1 - LEVEL) / 2
         low, high = np.nanquantile(found, [tail, 1 - tail])
         result["low"], result["high"] = float(low), float(high)
     return result
+
+
+def _table(
+    parts: Sequence[tuple[Sequence[float], Sequence[int | None]]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the sum and the number of rows of each part and cluster, [P, C]; nan is left out."""
+    columns: dict[object, int] = {}
+    kept = []
+    for p, (values, edit_ids) in enumerate(parts):
+        for r, (value, edit_id) in enumerate(zip(values, edit_ids, strict=True)):
+            if not math.isnan(value):
+                name = (p, r) if edit_id is None else edit_id
+                kept.append((p, columns.setdefault(name, len(columns)), value))
+    sum_PC, count_PC = np.zeros((2, len(parts), len(columns)))
+    for p, column, value in kept:
+        sum_PC[p, column] += value
+        count_PC[p, column] += 1
+    return sum_PC, count_PC
 
 
 def _harmonic(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -40,11 +40,11 @@ class Point:
         kl: Mean KL to the edited model; None of what was done afterwards.
         keys: Mean relative shift of the keys, likewise.
         trained: Mean number of trained parameters.
-        only_here: Edits kept here and not without the remedy; None for `none`.
+        only_here: Of the edits that held before fine-tuning with and without the remedy, those kept
+            with it alone; None for `none`.
         only_there: The reverse.
         mcnemar_p: Exact p of these two.
         fates: What became of the edits, counted.
-        kept: Whether each edit is right at the end.
         items: Of the edits (`E`) and intrinsic facts (`K`) that count, whether each is kept.
     """
 
@@ -68,7 +68,6 @@ class Point:
     only_there: int | None = None
     mcnemar_p: float | None = None
     fates: dict[str, int] = field(default_factory=dict)
-    kept: dict[tuple[int, str], float] = field(default_factory=dict, repr=False)
     items: dict[str, dict[tuple[int, str], float]] = field(
         default_factory=lambda: {"E": {}, "K": {}}, repr=False
     )
@@ -109,7 +108,7 @@ def _fill(point: Point, folders: Sequence[tuple[int, Path]], study: Study) -> No
         end = [r for r in rows if r["scorer"] == scorer and r["ckpt_step"] == summary["step"]]
         own = [r for r in end if r["arm"] == arm]
         made = [r for r in own if r["prompt_kind"] == "rewrite"]
-        kept.append(_part(made, n, edit_retention))
+        kept.append(_part(made, n, edit_retention, is_alone))
         facts = [r for r in own if r["set"] == "K"]
         known.append(_part(facts, n, fact_retention, is_alone))
         matched = [r for r in facts if r["matched"]]
@@ -121,13 +120,12 @@ def _fill(point: Point, folders: Sequence[tuple[int, Path]], study: Study) -> No
         values = [r["score_Mft"] if r["score_M0"] == 1 else float("nan") for r in theirs]
         control.append((values, _clusters(theirs, n, is_alone)))
         for r in made:
-            point.kept[n, r["item_id"]] = float(r["score_Mft"])
             point.fates[r["fate"]] = point.fates.get(r["fate"], 0) + 1
     edits, facts_all, alike, never = map(_joined, (kept, known, like, control))
     point.ERR, point.IRR = estimate(*edits), estimate(*facts_all)
     point.IRR_matched, point.control = estimate(*alike), estimate(*never)
-    point.gap = estimate_contrast(facts_all, edits, "difference")
-    point.diff_in_diff = estimate_contrast(never, edits, "difference")
+    point.gap = estimate_contrast(facts_all, edits, "difference", is_joint=is_alone)
+    point.diff_in_diff = estimate_contrast(never, edits, "difference", is_joint=is_alone)
     point.measure = summaries[0]["measure"]
     for moment in ("base", "edited", "tuned", "control"):
         name = arm if moment == "tuned" and arm != "edited" else moment
@@ -141,12 +139,17 @@ def _fill(point: Point, folders: Sequence[tuple[int, Path]], study: Study) -> No
 
 
 def _pair(point: Point, plain: Point) -> None:
-    """Compare edits kept with a remedy and without it, edit by edit (McNemar)."""
-    both = point.kept.keys() & plain.kept.keys()
+    """Compare edits kept with a remedy and without it, edit by edit (McNemar).
+
+    Those that held before fine-tuning both times count: a remedy that edits otherwise may make
+    others.
+    """
+    mine, theirs = point.items["E"], plain.items["E"]
+    both = mine.keys() & theirs.keys()
     if not both:
         return
-    point.only_here = sum(point.kept[i] > plain.kept[i] for i in both)
-    point.only_there = sum(point.kept[i] < plain.kept[i] for i in both)
+    point.only_here = sum(mine[i] > theirs[i] for i in both)
+    point.only_there = sum(mine[i] < theirs[i] for i in both)
     point.mcnemar_p = mcnemar(point.only_there, point.only_here)
 
 

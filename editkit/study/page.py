@@ -19,7 +19,7 @@ from editkit.study.short import Short, shorten
 HEADS = (
     "method", "objective", "remedy", "edits kept (ERR)", "facts kept (IRR)", "matched facts",
     "gap IRR - ERR", "never-edited keeps", "task before, after, never-edited", "KL", "key shift",
-    "against no remedy",
+    "against no remedy, of the edits that held in both",
 )  # fmt: skip
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:75rem;padding:0 1rem}
 table{border-collapse:collapse;font-size:13px}td,th{padding:.25rem .5rem;text-align:left;
@@ -105,8 +105,9 @@ def notes(study: Study, points: Sequence[Point]) -> list[str]:
         f"Score: {study.scorer}. Seeds {study.seeds}, pooled{alone}; brackets are 95 % bootstrap "
         "intervals over edits. ERR and IRR count what the edited model had right before "
         "fine-tuning. Key shift is the mean relative change of what edited layers see at the "
-        "edits' subjects. Against no remedy: edits kept with it alone (+), without it alone (-), "
-        "and McNemar's exact p, corrected by Holm's procedure over the table. In short, all "
+        "edits' subjects. Against no remedy, of the edits that held before fine-tuning with it and "
+        "without it: those kept with it alone (+), without it alone (-), and McNemar's exact p, "
+        "corrected by Holm's procedure over the table. In short, all "
         "methods stand together, and a remedy is set against none on the same edits and facts.",
     ]
     lacking = [

@@ -77,7 +77,7 @@ def _short(
     edits, facts = (_pooled(part, name, is_alone) for name in ("E", "K"))
     found = (
         remedy, objective, len({p.method for p in part}), estimate(*edits), estimate(*facts),
-        estimate_contrast(facts, edits, "difference"),
+        estimate_contrast(facts, edits, "difference", is_joint=is_alone),
     )  # fmt: skip
     if remedy == NONE:
         return Short(*found, task=None if objective == ALL else (_task(part), None))
@@ -89,7 +89,7 @@ def _short(
     )
     return Short(
         *found, estimate(*more_edits), estimate(*more_facts),
-        estimate_contrast(more_facts, more_edits, "difference"), task,
+        estimate_contrast(more_facts, more_edits, "difference", is_joint=is_alone), task,
     )  # fmt: skip
 
 
@@ -113,7 +113,9 @@ def _paired(pairs: Sequence[tuple[Point, Point]], name: str, is_alone: bool) -> 
 
 
 def _part(rows: Sequence[tuple[tuple[int, str], float]], is_alone: bool) -> Part:
+    """Return values and clusters; those of a model are its stream, of edits and facts alike."""
     clusters: dict[Any, int] = {}
-    names = (key[0] if is_alone else key for key, _ in rows)
-    ids: list[int | None] = [clusters.setdefault(name, len(clusters)) for name in names]
+    ids: list[int | None] = [
+        key[0] if is_alone else clusters.setdefault(key, len(clusters)) for key, _ in rows
+    ]
     return [value for _, value in rows], ids

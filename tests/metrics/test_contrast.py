@@ -41,3 +41,18 @@ def test_nothing_is_made_up_where_there_are_no_rows():
     assert (empty["value"], empty["low"]) == (None, None)
     zero = estimate_contrast(([1.0], [0]), ([0.0, 0.0], [None, None]), "ratio")
     assert (zero["value"], zero["low"]) == (None, None)
+
+
+def test_sets_of_the_same_models_are_resampled_together():
+    clusters = [*range(20)] * 2
+    first = [float(c % 2) for c in clusters]
+    second = [1.0 - value for value in first]
+    same = estimate_contrast((first, clusters), (first, clusters), "difference", is_joint=True)
+    assert (same["value"], same["low"], same["high"]) == (0, 0, 0)
+    assert (same["n"], same["edits"]) == (80, 20)
+    joint = estimate_contrast((first, clusters), (second, clusters), "difference", is_joint=True)
+    apart = estimate_contrast((first, clusters), (second, clusters), "difference")
+    spread = [one["high"] - one["low"] for one in (joint, apart)]
+    assert spread[0] > 1.2 * spread[1]  # what goes against each other adds up
+    lone = estimate_contrast((first, [0] * 40), (second, [0] * 40), "difference", is_joint=True)
+    assert (lone["value"], lone["low"], lone["edits"]) == (0, None, 1)

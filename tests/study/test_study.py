@@ -299,6 +299,40 @@ def test_the_table_pools_seeds_and_pairs_remedies(told, tmp_path):
     ).replace("http://creativecommons.org", "")
 
 
+def test_a_remedy_is_paired_over_the_edits_that_held_in_both(told, tmp_path):
+    told["remedies"] = {"frozen": {"retain": ["--x"], "methods": ["FT"], "objectives": ["text"]}}
+    study = read_study(written(told))
+    for remedy, kept in (("none", []), ("frozen", [0, 1, 2])):
+        folder = study.tuned_folder(tmp_path, "FT", "text", remedy, Stream(0))
+        put(folder, kept)
+        rows = [json.loads(row) for row in (folder / "retention.jsonl").open()]
+        for row in rows:
+            if row["item_id"] == "1.rel" and remedy == "none":
+                row["score_Med"] = 0  # never took there
+            if row["item_id"] == "2.rel" and remedy == "frozen":
+                row["score_Med"] = 0  # it is right by chance
+        (folder / "retention.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    points = {p.remedy: p for p in collect(study, tmp_path) if p.done}
+    assert (points["frozen"].only_here, points["frozen"].only_there) == (1, 0)
+    assert shorten([*points.values()])[1].more_edits["n"] == 1
+
+
+def test_edits_and_facts_of_a_model_are_resampled_together(told, tmp_path):
+    told |= {"alone": 6, "remedies": {}, "methods": {"FT": ["ft.yaml"]}, "seeds": [0]}
+    study = read_study(written(told))
+    for n in range(6):  # a model keeps all of its edits and facts, or none
+        folder = study.tuned_folder(tmp_path, "FT", "text", "none", Stream(0, n))
+        put(folder, kept=[])
+        rows = [json.loads(row) for row in (folder / "retention.jsonl").open()]
+        for row in rows:
+            row["score_Mft"] = n % 2
+        (folder / "retention.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (point,) = [p for p in collect(study, tmp_path) if p.done]
+    (short,) = shorten([point], is_alone=True)
+    for gap in (point.gap, point.diff_in_diff, short.gap):
+        assert (gap["value"], gap["low"], gap["high"], gap["edits"]) == (0, 0, 0, 6)
+
+
 def test_a_remedy_may_count_what_was_done_afterwards(told, tmp_path):
     told["remedies"] = {
         "keys": {"arm": "rekeyed", "retain": ["--retain.rekey=true"], "methods": ["FT"]}
