@@ -49,14 +49,14 @@ class SideRouting:
         pick: Of several pools the largest multiple of its threshold (`relative`), of its own edits'
             mean score (`typical`; REPAIR moves it so that edits find their pools), or at all, as
             `released`.
-        sketch: Directions of a pool's output that rank many pools; 0 scores all exactly.
+        sketch: Directions by which many pools are ranked first, a guess; 0 scores all exactly.
     """
 
     act_ratio: float = 0.5
     score: Literal["raw", "wise"] = "raw"
     over: Literal["prompt", "last", "all"] = "prompt"
     pick: Literal["relative", "typical", "released"] = "relative"
-    sketch: int = 8
+    sketch: int = 0
 
     def __post_init__(self) -> None:
         """Check user input."""
