@@ -13,6 +13,7 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from editkit.functional.scores import answers_match, normalise_answer
@@ -164,5 +165,6 @@ def dora_change(
     """
     moved = weight + delta
     axis = 0 if is_transposed else 1
-    size = moved.norm(dim=axis, keepdim=True)
-    return magnitude.reshape_as(size) / size * moved - weight
+    size = torch.linalg.vector_norm(moved, dim=axis, keepdim=True)
+    change: Tensor = magnitude.reshape_as(size) / size * moved - weight
+    return change

@@ -141,8 +141,8 @@ def estimate_contrast(
     result["value"] = None if math.isnan(value) else value
     if is_joint and result["edits"] == 1:
         return result  # from one cluster there is no interval
-    draw, means = np.random.default_rng(seed), []
-    times_RC = np.zeros((0, 0))
+    draw, means = np.random.default_rng(seed), list[NDArray[np.float64]]()
+    times_RC = np.zeros((0, 0), dtype=np.int64)
     for sum_C, count_C in parts:
         size = len(count_C)
         if not (is_joint and means):
