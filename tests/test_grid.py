@@ -11,7 +11,7 @@ import yaml
 
 from editkit.functional.queue import START, QueueSettings
 from editkit.retention.settings import parser
-from editkit.study.plan import read_study
+from editkit.study.reading import read_study
 from editkit.trainer_cli import EditCLI, run_trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
