@@ -19,8 +19,9 @@ test: $(STAMP) browser  ## lint, types, tests with coverage, notebooks
 figures: $(STAMP)  ## measure the README's table again (about 10 minutes)
 	$(BIN)/python experiments/figures.py
 
-soak: $(STAMP)  ## kill runs at random moments and compare their ends (minutes)
+soak: $(STAMP)  ## kill runs at random moments, feed them bad input, and count (minutes)
 	$(BIN)/python benchmarks/soak.py --kills 8 --signals KILL,TERM --jobs 2
+	$(BIN)/pytest -n auto tests/test_malformed.py
 
 # Opens the report in tests. Debian's root gets it here; elsewhere those tests say what they miss.
 browser:
