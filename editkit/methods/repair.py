@@ -70,12 +70,10 @@ MORE_STEPS = 1.5  # at each retry
 WINDOW_TRIES = 3
 COUNTS = ("windows", "trained", "rebuilt", "accepted", "refused")
 TRIED = ("deferred", "tried")
-AS_RESOLVED = (
-    Loop(),
-    Shards(save=5, merge=15),
-    SideRouting(over="last", pick="typical"),
-    Fitting(steps=30, lr=0.9, irrelevant=2),
-)
+LOOP = Loop()
+SHARDS = Shards(save=5, merge=15)
+ROUTING = SideRouting(over="last", pick="typical")
+FITTING = Fitting(steps=30, lr=0.9, irrelevant=2)
 log = logging.getLogger(__name__)
 
 
@@ -91,10 +89,10 @@ class REPAIR(Windowed):
 
     def __init__(
         self,
-        loop: Loop = AS_RESOLVED[0],
-        shards: Shards = AS_RESOLVED[1],
-        routing: SideRouting = AS_RESOLVED[2],
-        fitting: Fitting = AS_RESOLVED[3],
+        loop: Loop = LOOP,
+        shards: Shards = SHARDS,
+        routing: SideRouting = ROUTING,
+        fitting: Fitting = FITTING,
         **kwargs: Any,
     ) -> None:
         super().__init__(shards=shards, routing=routing, fitting=fitting, **kwargs)

@@ -27,7 +27,8 @@ from editkit.methods.wordings import as_asked
 from editkit.metrics.evaluate import ProbeRow
 
 HELD_OUT, UNRELATED = 200, 300  # prompts that tell of false activations, and to train against
-AS_WISE = Shards(), Margins(0.05, 0.5, 0.25, relative=True), SideRouting(), Fitting(30, 0.9)
+SHARDS, ROUTING, FITTING = Shards(), SideRouting(), Fitting(steps=30, lr=0.9)
+MARGINS = Margins(outside=0.05, inside=0.5, apart=0.25, relative=True)
 
 
 class SideEdit(MemoryEdit):
@@ -49,10 +50,10 @@ class SideEdit(MemoryEdit):
 
     def __init__(
         self,
-        shards: Shards = AS_WISE[0],
-        margins: Margins = AS_WISE[1],
-        routing: SideRouting = AS_WISE[2],
-        fitting: Fitting = AS_WISE[3],
+        shards: Shards = SHARDS,
+        margins: Margins = MARGINS,
+        routing: SideRouting = ROUTING,
+        fitting: Fitting = FITTING,
         corpus: str | None = None,
         compat: bool = False,
         **kwargs: Any,

@@ -21,7 +21,7 @@ from editkit.methods.shards import Distillation, Mask, Merge, Regroup, merged
 from editkit.methods.wise import WISE
 from editkit.methods.wordings import as_asked, expanded, undisputed
 
-AS_RESOLVED = Distillation(weight=1.0), Regroup(), Merge()
+DISTILLATION, REGROUP, MERGE = Distillation(weight=1.0), Regroup(), Merge()
 
 
 class Windowed(WISE):
@@ -39,9 +39,9 @@ class Windowed(WISE):
 
     def __init__(
         self,
-        distillation: Distillation = AS_RESOLVED[0],
-        regroup: Regroup = AS_RESOLVED[1],
-        merge: Merge = AS_RESOLVED[2],
+        distillation: Distillation = DISTILLATION,
+        regroup: Regroup = REGROUP,
+        merge: Merge = MERGE,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
