@@ -9,9 +9,10 @@ One run measures, in fp32 on a CPU and on fact-world's edits:
   the same constants and the same stopping rule; what they made is asked by the same probes, on a
   random Llama of 12 blocks (layer 9), on which no edit is ever done before its last step, and on
   the packaged model, whose answers mean something;
-- routing: what 66 pools add to a forward pass, and what a Python loop over them takes.
+- routing: what 66 trained pools add to a forward pass that none of them answers (but for the first
+  line), with masks of whole columns and of single weights, and what a Python loop over them takes.
 
-    python benchmarks/repair.py                  # about 20 minutes on a quiet core
+    python benchmarks/repair.py                  # about 25 minutes on a quiet core
     python benchmarks/repair.py --quick          # a smoke test
     python benchmarks/repair.py --only routing --out repair.json
 
@@ -49,16 +50,21 @@ from editkit.metrics.protocol import EvalProtocol
 
 LAYERS = {"mid-size": 9, "factworld": 4}
 POOLS = 66  # of 1,000 edits in windows of 15
-PER_POOL = 3  # prompts that a made-up pool moves
+PER_POOL, STEPS = 3, 4  # edits of a pool to route among, and steps of training each
+MASKS = ["elementwise", "columns"]
 KINDS = ("reliability", "generalization", "locality")
 SCORERS = ("token_accuracy", "generation")
 REPAIR_YAML = Path(__file__).parents[1] / "experiments" / "method" / "repair.yaml"
 
 
-def start(cls: type[SideEdit], model: str, layer: int, mask: str) -> Any:
-    """Return a fresh method with REPAIR's own constants, as far as the class takes them."""
+def start(
+    cls: type[SideEdit], model: str, layer: int, mask: str, changes: dict[str, dict] | None = None
+) -> Any:
+    """Return a fresh method with REPAIR's own constants, but for changes, as far as it has them."""
     config = yaml.safe_load(REPAIR_YAML.read_text())["init_args"]
     config["shards"]["mask"] = mask
+    for name, change in (changes or {}).items():
+        config[name] |= change
     if cls is WISE:  # REPAIR's way of picking has no meaning without its account of known edits
         config["routing"]["pick"] = "relative"
     own = {"shards", "margins", "routing", "fitting"} if cls is WISE else set(config)
@@ -255,40 +261,24 @@ def quality(rows: list[Any]) -> dict[str, float]:
 # routing
 
 
-@torch.no_grad()
-def fill(method: WISE, edits: list[Edit]) -> None:
-    """Make pools as wide as merged ones, each of which moves its own prompts and hardly others."""
-    generator = torch.Generator().manual_seed(0)
-    memory = method.memory
-    out, inputs = memory.shape_oi
-    shards = method.shards
-    width = round((1 - (1 - shards.density) ** (shards.merge // shards.save)) * inputs)
-    found = [pair for edit in edits for pair in method.inputs([edit.prompt])]
-    mean_EF = torch.stack([x_BTF[0].mean(0) for x_BTF, _ in found])
-    apart_EF = mean_EF - mean_EF.mean(0)
-    for start in range(0, len(edits), PER_POOL):
-        own = slice(start, start + PER_POOL)
-        columns_C = torch.randperm(inputs, generator=generator)[:width].sort().values
-        keys_EC = apart_EF[own][:, columns_C]
-        unit = method.unit / out**0.5
-        moves_DE = torch.randn(out, len(keys_EC), generator=generator) * unit
-        noise_DC = torch.randn(out, width, generator=generator)
-        noise_DC *= method.margins.outside * unit / mean_EF[own][:, columns_C].norm(dim=1).mean()
-        delta_DC = moves_DE @ torch.linalg.pinv(keys_EC.T) + noise_DC
-        pool = memory.write(None, delta_DC, columns_C)
-        memory.pools.open_P[pool] = False
-        floor = min(float(memory.scores(*pair, [pool])) for pair in found[own])
-        memory.pools.floor_P[pool] = floor
-        method.enrol(edits[own], pool)
-
-
-@torch.no_grad()
-def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
-    """Time forward passes with and without the pools in turns, and the loop over pools."""
+def trained(model: str, pools: int, mask: str) -> tuple[REPAIR, list[Edit]]:
+    """Return REPAIR with pools of three shards of an edit each, a few steps each, and its edits."""
+    changes = {
+        "shards": {"save": 1, "merge": PER_POOL}, "fitting": {"steps": STEPS},
+        "regroup": {"by_likeness": False}, "loop": {"enabled": False},
+    }  # fmt: skip
+    method = start(REPAIR, model, LAYERS["mid-size"], mask, changes)
     edits = edits_of(pools * PER_POOL)
-    method = start(REPAIR, model, LAYERS["mid-size"], "columns")
-    fill(method, edits)
-    memory, lm = method.memory, method.lm
+    method.apply_edits(edits)
+    method.finish()
+    assert len(method.memory.pools) == pools
+    return method, edits
+
+
+@torch.no_grad()
+def measure_routing(method: REPAIR, edits: list[Edit], repeats: int) -> dict[str, Any]:
+    """Time forward passes with and without the pools in turns, and the loop over pools."""
+    memory, lm, pools = method.memory, method.lm, len(method.memory.pools)
     pairs = [pair for e in edits for pair in method.inputs([e.prompt])]
     delta_PDF = memory.pools.dense(list(range(pools)))
 
@@ -297,8 +287,11 @@ def measure_routing(model: str, pools: int, repeats: int) -> dict[str, Any]:
         scores = [float(mean_norms(linear(x_BTF, d_DF), prompt_BT)) for d_DF in delta_PDF]
         return scores.index(max(scores))
 
+    own = lm.encode([edits[0].prompt])
+    line = with_and_without(lm, lambda: lm(own), repeats)
+    lines = [{"what": f"prompt of an edit, 1 x {own.ids_BT.shape[1]} tokens", **line}]
     memory.pools.floor_P *= 1e6  # nothing matches
-    lines, texts = [], " ".join(e.prompt for e in edits).split()
+    texts = " ".join(e.prompt for e in edits).split()
     for rows, words in ((1, 12), (8, 32), (64, 32)):
         tokens = lm.encode([" ".join(texts[i : i + words]) for i in range(rows)])
         with lm.unedited():
@@ -339,7 +332,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=30, help="runs of which a time is taken")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--models", choices=list(LAYERS), nargs="+", default=list(LAYERS))
-    parser.add_argument("--mask", choices=["elementwise", "columns"], default="elementwise")
+    parser.add_argument(
+        "--mask", choices=MASKS, nargs="+", default=MASKS,
+        help="masks of pools to route among; the first is edited with",
+    )  # fmt: skip
     parser.add_argument("--only", choices=["editing", "routing"], nargs="+")
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     args = parser.parse_args()
@@ -360,13 +356,16 @@ def main() -> None:
             report["editing"] = []
             for name in args.models:
                 path = model if name == "mid-size" else name
-                found = measure_editing(name, path, args.edits, args.mask)
+                found = measure_editing(name, path, args.edits, args.mask[0])
                 report["editing"].append(found)
                 show(f"{name}, {args.edits} edits", found["lines"])
         if "routing" in asked:
-            report["routing"] = measure_routing(model, args.pools, args.repeats)
-            show(f"{args.pools} pools, none of which matches", report["routing"]["lines"])
-            console.print({k: v for k, v in report["routing"].items() if k != "lines"})
+            for mask in args.mask:
+                method, edits = trained(model, args.pools, mask)
+                found = measure_routing(method, edits, args.repeats)
+                report[f"routing, {mask}"] = found
+                show(f"{args.pools} pools, masks: {mask}", found["lines"])
+                console.print({k: v for k, v in found.items() if k != "lines"})
     report["after"] = machine(args.threads)
     console.print(report["before"], report["after"])
     keep(report, args.out)

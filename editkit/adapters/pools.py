@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from editkit.adapters.base import fit_to
 
-PER_POOL = ("columns_PC", "floor_P", "typical_P", "outer_P", "open_P", "name_P", "sketch_PSF")
+PER_POOL = (
+    "columns_PC", "floor_P", "typical_P", "outer_P", "open_P", "name_P", "main_PSC", "rest_P",
+)  # fmt: skip
 
 
 class Pools(nn.Module):
@@ -27,7 +29,8 @@ class Pools(nn.Module):
     Args:
         shape_oi: Width of the matrix' output and input.
         width: Inputs that a change keeps; all of them keeps every change whole.
-        directions: Directions in which each change is kept a second time, to rank; 0 keeps none.
+        directions: Directions in which each change is kept a second time, to bound scores; 0 keeps
+            none.
         device: Where to keep them.
     """
 
@@ -41,7 +44,8 @@ class Pools(nn.Module):
     named: Tensor
     edit_M: Tensor
     home_M: Tensor
-    sketch_PSF: Tensor
+    main_PSC: Tensor
+    rest_P: Tensor
     draw_SD: Tensor
 
     def __init__(
@@ -66,8 +70,9 @@ class Pools(nn.Module):
         seeded = torch.Generator().manual_seed(0)
         draw_SD = torch.randn(directions, out, generator=seeded, dtype=torch.float32)
         self.register_buffer("draw_SD", draw_SD.to(device), persistent=False)
-        sketch_PSF = blank.new_zeros(0, directions, self.inputs)
-        self.register_buffer("sketch_PSF", sketch_PSF, persistent=False)
+        main_PSC = blank.new_zeros(0, directions, width)
+        self.register_buffer("main_PSC", main_PSC, persistent=False)
+        self.register_buffer("rest_P", blank.clone(), persistent=False)
 
     def __len__(self) -> int:
         return len(self.deltas)
@@ -96,14 +101,23 @@ class Pools(nn.Module):
     def stacked(self, x_BTF: Tensor, pools: list[int] | None = None) -> Tensor:
         """Return what all pools (or some) add to the output, fp32 [B, T, P, D]."""
         picked = slice(None) if pools is None else pools
-        deltas_PDC = self.deltas.detach()[picked]
-        many, out, _ = deltas_PDC.shape
+        return self._product(x_BTF, self.deltas.detach()[picked], self.columns_PC[picked])
+
+    def projected(self, x_BTF: Tensor) -> Tensor:
+        """Return the main part of what all pools add to the output, fp32 [B, T, P, S].
+
+        It is no longer than the whole, and shorter by at most `rest_P` times the input's norm.
+        """
+        return self._product(x_BTF, self.main_PSC, self.columns_PC)
+
+    def _product(self, x_BTF: Tensor, matrices_PxC: Tensor, columns_PC: Tensor) -> Tensor:
+        pools, many, _ = matrices_PxC.shape
         if self.is_whole:
-            flat_BTN = F.linear(x_BTF.float(), deltas_PDC.flatten(0, 1))
-            return flat_BTN.view(*x_BTF.shape[:2], many, out)
-        x_PNC = x_BTF.flatten(0, 1).float()[:, self.columns_PC[picked]].transpose(0, 1)
-        change_PND = x_PNC @ deltas_PDC.transpose(1, 2)
-        return change_PND.transpose(0, 1).reshape(*x_BTF.shape[:2], many, out)
+            flat_BTN = F.linear(x_BTF.float(), matrices_PxC.flatten(0, 1))
+            return flat_BTN.view(*x_BTF.shape[:2], pools, many)
+        x_PNC = x_BTF.flatten(0, 1).float()[:, columns_PC].transpose(0, 1)
+        change_PNx = x_PNC @ matrices_PxC.transpose(1, 2)
+        return change_PNx.transpose(0, 1).reshape(*x_BTF.shape[:2], pools, many)
 
     def grouped(self, x_RTF: Tensor, groups: Sequence[tuple[int, Tensor]]) -> Tensor:
         """Return what each row's own pool adds to the output, fp32 [R, T, D].
@@ -121,12 +135,6 @@ class Pools(nn.Module):
             change_RTD[rows] = F.linear(x, self.deltas.detach()[pool])
         return change_RTD
 
-    def projected(self, x_BTF: Tensor) -> Tensor:
-        """Return the main part of what all pools add to the output, fp32 [B, T, P, S]."""
-        pools, directions, _ = self.sketch_PSF.shape
-        flat_BTN = F.linear(x_BTF.float(), self.sketch_PSF.flatten(0, 1))
-        return flat_BTN.view(*x_BTF.shape[:2], pools, directions)
-
     # writing
 
     def write(self, pool: int, delta_DC: Tensor) -> float:
@@ -134,7 +142,8 @@ class Pools(nn.Module):
         before_DC = self.deltas.data[pool, :, : delta_DC.shape[1]]
         moved = float((delta_DC - before_DC).norm())
         before_DC.copy_(delta_DC)
-        self.sketch_PSF[pool] = self._sketched(pool, pool + 1)[0]
+        main_PSC, rest_P = self._split(pool, pool + 1)
+        self.main_PSC[pool], self.rest_P[pool] = main_PSC[0], rest_P[0]
         return moved
 
     def append(self, delta_DC: Tensor, columns_C: Tensor | None) -> int:
@@ -151,7 +160,9 @@ class Pools(nn.Module):
         self.name_P = torch.cat([self.name_P, self.named[None]])
         self.named = self.named + 1
         last = len(self) - 1
-        self.sketch_PSF = torch.cat([self.sketch_PSF, self._sketched(last, last + 1)])
+        main_PSC, rest_P = self._split(last, last + 1)
+        self.main_PSC = _appended(self.main_PSC, main_PSC[0])
+        self.rest_P = torch.cat([self.rest_P, rest_P])
         return last
 
     def dense(self, pools: list[int]) -> Tensor:
@@ -173,15 +184,7 @@ class Pools(nn.Module):
         gone_P[pools] = True
         kept_P, stays_M = ~gone_P, ~gone_P[self.home_M]
         self.deltas.data = self.deltas.data[kept_P]
-        for name in (
-            "columns_PC",
-            "floor_P",
-            "typical_P",
-            "outer_P",
-            "open_P",
-            "name_P",
-            "sketch_PSF",
-        ):
+        for name in PER_POOL:
             setattr(self, name, getattr(self, name)[kept_P])
         index_P = kept_P.cumsum(0) - 1
         self.edit_M, self.home_M = self.edit_M[stays_M], index_P[self.home_M[stays_M]]
@@ -210,22 +213,30 @@ class Pools(nn.Module):
         """Pool of each edit."""
         return dict(zip(self.edit_M.tolist(), self.home_M.tolist(), strict=True))
 
-    def _sketched(self, first: int, last: int) -> Tensor:
-        """Project the changes of pools first to last - 1 on where each moves most [P, S, F].
+    def _split(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Split the changes of pools first to last - 1 into where each moves most and the rest.
 
-        One step of subspace iteration from fixed random directions; a projection shortens.
+        The directions come of one step of subspace iteration from fixed random ones; they are
+        orthonormal, so |main x| <= |change x| <= |main x| + rest |x| whatever they are.
+
+        Returns:
+            The changes' coordinates in those directions [P, S, C], and a bound of the spectral norm
+            of what they leave out, R: its Schatten 8-norm, |(R R')^2|_F^(1/4) [P].
         """
         deltas_PDC = self.deltas.detach()[first:last]
         across_PSC = torch.einsum("sd,pdc->psc", self.draw_SD, deltas_PDC)
         inward_PCS = torch.linalg.qr(across_PSC.transpose(1, 2)).Q
         outward_PDS = torch.linalg.qr(deltas_PDC @ inward_PCS).Q
-        return self.spread(outward_PDS.transpose(1, 2) @ deltas_PDC, self.columns_PC[first:last])
+        main_PSC = outward_PDS.transpose(1, 2) @ deltas_PDC
+        rest_PDC = deltas_PDC - outward_PDS @ main_PSC
+        square_PDD = rest_PDC @ rest_PDC.transpose(1, 2)
+        return main_PSC, torch.linalg.matrix_norm(square_PDD @ square_PDD) ** 0.25
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept pools that have come and gone since."""
         fit_to(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.sketch_PSF = self._sketched(0, len(self))
+        self.main_PSC, self.rest_P = self._split(0, len(self))
 
 
 def _appended(table_PxC: Tensor, row_xC: Tensor) -> Tensor:

@@ -2,11 +2,11 @@
 
 A prompt's score in a pool is how far that pool moves the layer's output at the prompt's tokens. A
 pool claims what exceeds a share of the smallest score among its own edits and, where scores of
-other edits are known, those too. All pools are scored in one product; many are ranked by the few
-directions in which each moves the output most, and the best are scored exactly.
+other edits are known, those too. All pools are scored in one product. Where many keep few inputs,
+the directions in which each moves the output most bound the scores first, and only pools that may
+win are scored.
 
-Legend: D layer output, P pools, B rows asked about, R rows that are answered, T tokens, k pools
-that are scored exactly for each row.
+Legend: D layer output, P pools, B rows asked about, R rows that are answered, T tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from editkit.adapters.pools import Pools
-from editkit.adapters.routed import Route, RoutedLayer, groups_of
+from editkit.adapters.routed import Route, RoutedLayer
 from editkit.functional.routing import (
     LONG,
     TINY,
@@ -31,7 +31,8 @@ from editkit.functional.routing import (
     pick_typical,
 )
 
-EXACTLY = 8  # pools that are scored exactly where the projection ranks them
+FEW = 8  # pools that are scored without bounds
+SLACK = 0.01  # share of a bound that rounding may take, TF32's included
 GAP = 0.05  # a threshold stays this share above other edits' scores, or below its own edits'
 AT_ONCE = 1 << 24  # numbers that scoring holds at a time
 
@@ -49,14 +50,15 @@ class SideRouting:
         pick: Of several pools the largest multiple of its threshold (`relative`), of its own edits'
             mean score (`typical`; REPAIR moves it so that edits find their pools), or at all, as
             `released`.
-        sketch: Directions by which many pools are ranked first, a guess; 0 scores all exactly.
+        sketch: Directions by which scores in many pools with masks of whole columns are bounded
+            first, which spares those that cannot win; 0 scores all.
     """
 
     act_ratio: float = 0.5
     score: Literal["raw", "wise"] = "raw"
     over: Literal["prompt", "last", "all"] = "prompt"
     pick: Literal["relative", "typical", "released"] = "relative"
-    sketch: int = 0
+    sketch: int = 32
 
     def __post_init__(self) -> None:
         """Check user input."""
@@ -69,8 +71,7 @@ class SideRouting:
                 raise ValueError(f"routing.{name} is {getattr(self, name)!r}; use one of {known}")
         if self.act_ratio <= 0 or self.sketch < 0:
             raise ValueError(
-                f"routing.act_ratio is {self.act_ratio}, sketch is {self.sketch}; the one is above "
-                "0, the other at least 0"
+                f"routing.act_ratio is {self.act_ratio}, sketch {self.sketch}; use > 0 and >= 0"
             )
 
 
@@ -94,8 +95,9 @@ class SideMemory(RoutedLayer):
         super().__init__(base_layer)
         self.routing = routing
         self.act = act
-        can_rank = routing.score == "raw" and routing.pick != "released"
-        directions = routing.sketch if can_rank else 0
+        is_whole = width == self.shape_oi[1]  # and hardly of low rank
+        is_bounded = routing.score == "raw" and routing.pick != "released" and not is_whole
+        directions = routing.sketch if is_bounded else 0
         self.pools = Pools(self.shape_oi, width, directions, self.device)
 
     @property
@@ -140,37 +142,28 @@ class SideMemory(RoutedLayer):
         with torch.autocast(x_RTF.device.type, enabled=False):
             return self.pools.grouped(x_RTF, route.groups)
 
-    def choose(self, score_BP: Tensor, pool_BP: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the pool of each row, or -1, and the multiple of its threshold.
-
-        Args:
-            score_BP: Exact scores.
-            pool_BP: Pools that they are of, where not of all.
-        """
+    def choose(self, score_BP: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pool of each row, or -1, and the multiple of its threshold."""
         pools, threshold_P = self.pools, self.threshold_P
         if self.routing.pick == "released":
             return pick_released(score_BP, threshold_P, pools.open_P)
-        every = slice(None) if pool_BP is None else pool_BP
         if self.routing.pick == "typical":
-            k_B, ratio_B = pick_typical(score_BP, threshold_P[every], pools.typical_P[every])
-        else:
-            k_B, ratio_B = pick_relative(score_BP, threshold_P[every])
-        if pool_BP is None:
-            return k_B, ratio_B
-        pool_B = pool_BP.gather(1, k_B.clamp_min(0)[:, None])[:, 0]
-        return pool_B.where(k_B >= 0, -1), ratio_B
+            return pick_typical(score_BP, threshold_P, pools.typical_P)
+        return pick_relative(score_BP, threshold_P)
 
     def _pick(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the pool of each row, or -1, and the multiple of its threshold."""
         if self.routing.over == "all" and x_BTF.shape[1] > LONG:
             return self.choose(self._longest(x_BTF))
-        if len(self.pools.draw_SD) == 0 or len(self.pools) <= EXACTLY:
+        many = len(self.pools)
+        if len(self.pools.draw_SD) == 0 or many <= FEW:
             return self.choose(self.scores(x_BTF, prompt_BT))
-        pool_Bk = self._candidates(x_BTF, prompt_BT)
-        rows_R = torch.arange(len(x_BTF), device=x_BTF.device).repeat_interleave(EXACTLY)
-        change_RTD = self.pools.grouped(x_BTF[rows_R], groups_of(pool_Bk.flatten()))
-        score_R = self.score(x_BTF[rows_R], change_RTD, prompt_BT[rows_R])
-        return self.choose(score_R.view_as(pool_Bk), pool_Bk)
+        pools = self._contenders(x_BTF, prompt_BT)
+        if 4 * len(pools) > many:  # to pick weights is to copy them
+            return self.choose(self.scores(x_BTF, prompt_BT))
+        score_BP = torch.zeros(len(x_BTF), many, device=x_BTF.device)
+        score_BP[:, pools] = self.scores(x_BTF, prompt_BT, pools)
+        return self.choose(score_BP)
 
     def _read(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens that a score may look at: one a row where that is the last."""
@@ -180,13 +173,19 @@ class SideMemory(RoutedLayer):
         last_B = _last(prompt_BT).int().argmax(1)
         return x_BTF[rows_B, last_B][:, None], torch.ones_like(prompt_BT[:, :1])
 
-    def _candidates(self, x_BTF: Tensor, prompt_BT: Tensor) -> Tensor:
-        """Return the pools that the projection ranks first for each row [B, k]."""
-        rough_BP = torch.cat([
+    def _contenders(self, x_BTF: Tensor, prompt_BT: Tensor) -> list[int]:
+        """Return the pools that may exceed their threshold, or come nearest to it, for some row."""
+        main_BP = torch.cat([
             self.score(x, self.pools.projected(x), prompt)
-            for x, prompt in _chunks(x_BTF, prompt_BT, self.pools.sketch_PSF[..., 0].numel())
+            for x, prompt in _chunks(x_BTF, prompt_BT, self.pools.main_PSC[..., 0].numel())
         ])  # fmt: skip
-        return (rough_BP / self.threshold_P.clamp_min(TINY)).topk(EXACTLY, dim=1).indices
+        rest_BP = self.score(x_BTF, x_BTF, prompt_BT)[:, None] * self.pools.rest_P
+        threshold_P = self.threshold_P.clamp_min(TINY)
+        lower_BP = (1 - SLACK) * main_BP / threshold_P
+        upper_BP = (1 + SLACK) * (main_BP + rest_BP) / threshold_P
+        may_win_BP = upper_BP >= lower_BP.amax(1, keepdim=True).clamp_max(1)
+        found: list[int] = may_win_BP.any(0).nonzero()[:, 0].tolist()
+        return found
 
     def _seen(self, x_BTF: Tensor, change_BTD: Tensor) -> Tensor:
         """Return a change of the output as the score sees it."""
