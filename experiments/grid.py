@@ -22,6 +22,12 @@ from editkit.study.cells import Cell, run_cells, slug
 ROOT = Path(__file__).parents[1]
 RUNS, RESULTS = ROOT / "runs" / "grids", ROOT / "experiments" / "results"
 KINDS = ("reliability", "generalization", "locality", "portability")
+MAIN = KINDS[:3]
+RATES = {
+    "self_match": "edit to its own", "self_wrong": "to another's", "self_rejected": "to the base",
+    "right_route": "rephrase to its own", "wrong_route": "to another's", "rejected": "to the base",
+    "false_activations": "locality probe to a memory",
+}  # fmt: skip
 
 
 def cells(grid: dict) -> list[tuple[str, int]]:
@@ -140,6 +146,72 @@ def drift_lines(methods: dict) -> list[str]:
     ]
 
 
+def mean(values: list) -> float:
+    """Return the mean of numbers."""
+    return sum(values) / len(values)
+
+
+def by_edits_lines(methods: dict) -> list[str]:
+    """Write scores by edits seen, mean of the seeds, with the third root of their product."""
+    heads = [p["edits"] for p in next(iter(methods.values()))["by_edits"][0]]
+    lines = [
+        "",
+        f"{' / '.join(MAIN)}, and the third root of their product (OP), by edits seen, mean of the "
+        "seeds:",
+        "",
+        "| edits | " + " | ".join(map(str, heads)) + " |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
+    for method, n in methods.items():
+        row = []
+        for points in zip(*n["by_edits"], strict=True):
+            values = [[p[kind] for p in points if p[kind] is not None] for kind in MAIN]
+            if not all(values):
+                row.append("-")
+                continue
+            means = [mean(v) for v in values]
+            root = (means[0] * means[1] * means[2]) ** (1 / 3)
+            row.append(" / ".join(f"{m:.2f}" for m in means) + f", {root:.2f}")
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return lines
+
+
+def routing_lines(methods: dict) -> list[str]:
+    """Write where prompts went, in shares, and what a closed loop counted, mean of the seeds."""
+    routed = {m: n["routing"] for m, n in methods.items() if n.get("routing")}
+    looped = {m: n["loop"] for m, n in methods.items() if n.get("loop")}
+    lines = []
+    if routed:
+        lines += ["", "Routes of the final model, mean of the seeds:", ""]
+        lines += ["| | " + " | ".join(RATES.values()) + " |", "|---" * (len(RATES) + 1) + "|"]
+        lines += [
+            f"| {method} | " + " | ".join(f"{rates[name]:.3f}" for name in RATES) + " |"
+            for method, rates in routed.items()
+        ]
+    if looped:
+        heads = [name for name in next(iter(looped.values())) if not name.endswith("_pool")]
+        lines += ["", "Counted by the loop, mean of the seeds:", ""]
+        lines += ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        lines += [
+            f"| {method} | " + " | ".join(f"{counts[name]:g}" for name in heads) + " |"
+            for method, counts in looped.items()
+        ]
+    return lines
+
+
+def shared(summaries: list[dict], part: str) -> dict | None:
+    """Return the means over seeds of a part of the summaries, None where one lacks it."""
+    parts = [s.get(part) for s in summaries]
+    if not all(parts):
+        return None
+    values = [{k: v["value"] if isinstance(v, dict) else v for k, v in p.items()} for p in parts]
+    return {
+        name: mean([v[name] for v in values])
+        for name in values[0]
+        if all(v.get(name) is not None for v in values)
+    }
+
+
 def collect(name: str, grid: dict) -> dict:
     """Return everything the table and the curves show."""
     scorer, numbers = grid.get("scorer", "generation"), {}
@@ -164,6 +236,8 @@ def collect(name: str, grid: dict) -> dict:
             "perplexity": [s["perplexity"] for s in summaries],
             "seconds_per_edit": [s["seconds_per_edit"] for s in summaries],
             "drift": drift(its),
+            "routing": shared(summaries, "routing"),
+            "loop": shared(summaries, "loop"),
             "commits": sorted({str(s["protocol"]["commit"]) for s in summaries}),
             "arguments": summaries[0]["protocol"]["method_arguments"],
         }
@@ -206,7 +280,11 @@ def table(found: dict) -> str:
         for method, n in compared.items():
             pairs = [cell(n["reference_minus_this"].get(k), sign=True) for k in KINDS]
             lines.append(f"| {method} | " + " | ".join(pairs) + " |")
-    ages = next(n["by_age"][0] for n in found["methods"].values() if "failed" not in n)
+    done = {method: n for method, n in found["methods"].items() if "failed" not in n}
+    if not done:
+        return "\n".join(lines) + "\n"
+    lines += by_edits_lines(done)
+    ages = next(iter(done.values()))["by_age"][0]
     lines += [
         "",
         "Final reliability by the number of edits that came later, mean of the seeds:",
@@ -216,11 +294,11 @@ def table(found: dict) -> str:
         "| later edits | " + " | ".join(f"{a['age'][0]}-{a['age'][1]}" for a in ages) + " |"
     )
     lines.append("|---" * (len(ages) + 1) + "|")
-    for method, n in found["methods"].items():
-        if "failed" not in n:
-            columns = zip(*n["by_age"], strict=True)
-            means = [sum(a["reliability"] for a in column) / seeds for column in columns]
-            lines.append(f"| {method} | " + " | ".join(f"{m:.2f}" for m in means) + " |")
+    for method, n in done.items():
+        columns = zip(*n["by_age"], strict=True)
+        means = [mean([a["reliability"] for a in column]) for column in columns]
+        lines.append(f"| {method} | " + " | ".join(f"{m:.2f}" for m in means) + " |")
+    lines += routing_lines(done)
     if drifts := drift_lines(found["methods"]):
         lines += ["", *(f"- {line}" for line in drifts)]
     commits = {c for n in found["methods"].values() for c in n.get("commits", [])}

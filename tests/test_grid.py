@@ -121,3 +121,28 @@ def test_a_broken_bound_is_said(tmp_path):
 def test_a_run_without_a_queue_has_no_drift(tmp_path):
     (tmp_path / "metrics.csv").write_text("edits,edit/loss_after\n0,0.1\n")
     assert grid.drift([tmp_path]) is None
+
+
+def test_the_table_has_scores_by_edits_seen_and_where_prompts_went():
+    def point(edits, *values):
+        return dict(zip(("edits", *grid.MAIN), (edits, *values), strict=True))
+
+    seeds = [
+        [point(1, 1, 1, None), point(9, 0.6, 0.5, 1)],
+        [point(1, 1, 1, None), point(9, 1, 1, 1)],
+    ]
+    lines = grid.by_edits_lines({"x": {"by_edits": seeds}})
+    assert lines[-1] == "| x | - | 0.80 / 0.75 / 1.00, 0.84 |"
+    rates = {name: {"value": 0.25, "low": 0, "high": 1} for name in grid.RATES}
+    summaries = [
+        {"routing": rates, "loop": {"rebuilt": 2.0, "right_pool": 1.0}},
+        {
+            "routing": rates | {"rejected": {"value": 0.75}},
+            "loop": {"rebuilt": 4.0, "right_pool": 1},
+        },
+    ]
+    method = {part: grid.shared(summaries, part) for part in ("routing", "loop")}
+    lines = grid.routing_lines({"x": method, "y": {"routing": None, "loop": None}})
+    assert "| x | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.500 | 0.250 |" in lines
+    assert lines[-1] == "| x | 3 |"
+    assert grid.shared([{}, *summaries], "loop") is None
