@@ -185,7 +185,9 @@ def routing_lines(methods: dict) -> list[str]:
         lines += ["", "Routes of the final model, mean of the seeds:", ""]
         lines += ["| | " + " | ".join(RATES.values()) + " |", "|---" * (len(RATES) + 1) + "|"]
         lines += [
-            f"| {method} | " + " | ".join(f"{rates[name]:.3f}" for name in RATES) + " |"
+            f"| {method} | "
+            + " | ".join(f"{rates[name]:.3f}" if name in rates else "-" for name in RATES)
+            + " |"
             for method, rates in routed.items()
         ]
     if looped:
