@@ -224,6 +224,8 @@ class Pools(nn.Module):
             of what they leave out, R: its Schatten 8-norm, |(R R')^2|_F^(1/4) [P].
         """
         deltas_PDC = self.deltas.detach()[first:last]
+        if len(self.draw_SD) == 0:  # nobody asks for bounds, which cost a product of D x D x C
+            return deltas_PDC[:, :0], deltas_PDC.new_full(deltas_PDC.shape[:1], torch.inf)
         across_PSC = torch.einsum("sd,pdc->psc", self.draw_SD, deltas_PDC)
         inward_PCS = torch.linalg.qr(across_PSC.transpose(1, 2)).Q
         outward_PDS = torch.linalg.qr(deltas_PDC @ inward_PCS).Q

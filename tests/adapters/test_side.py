@@ -88,3 +88,14 @@ def test_bounds_follow_what_is_written_dropped_and_loaded():
         assert (rest < 0.5 * made.pools.deltas.norm(dim=(1, 2)) * x_BTF.norm(dim=-1)[..., None])[
             1:
         ].all()
+
+
+def test_without_bounds_nothing_is_split(monkeypatch):
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    memory = filled(0.1, F)  # whole changes are scored in one product
+    assert memory.pools.main_PSC.shape == (MANY, 0, F)
+    assert memory.pools.rest_P.isinf().all()
+    memory.write(3, memory.pools.deltas.detach()[5], None)
+    x_BTF, prompt_BT = prompts(50)
+    want_B, _ = memory.choose(memory.scores(x_BTF, prompt_BT))
+    assert torch.equal(memory.route(x_BTF, prompt_BT).slot_B, want_B)
