@@ -4,7 +4,7 @@ A change is kept at all inputs of the matrix or, where it was trained on a subse
 only. The product with all pools is a single one.
 
 Legend: D layer output, F layer input, C kept inputs of a pool, P pools, M edits, B rows, R rows
-with a pool each, T tokens, S directions of the projection, G distinct pools, m rows of one pool.
+with a pool each, T tokens, S rows of a sketch, M of them main directions.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from editkit.adapters.base import fit_to
 
-PER_POOL = (
-    "columns_PC", "floor_P", "typical_P", "outer_P", "open_P", "name_P", "main_PSC", "rest_P",
-)  # fmt: skip
+PER_POOL = ("columns_PC", "floor_P", "typical_P", "outer_P", "open_P", "name_P", "sketch_PSC")
+RANDOM = 64  # random rows of a sketch
+WIDER = 2.05  # a norm comes out shorter by this factor once in 1e10 times: chi^2(64) < 64 / 2.05^2
 
 
 class Pools(nn.Module):
@@ -29,8 +29,8 @@ class Pools(nn.Module):
     Args:
         shape_oi: Width of the matrix' output and input.
         width: Inputs that a change keeps; all of them keeps every change whole.
-        directions: Directions in which each change is kept a second time, to bound scores; 0 keeps
-            none.
+        directions: Main directions in which each change is kept a second time, to bound scores;
+            0 keeps none.
         device: Where to keep them.
     """
 
@@ -44,8 +44,7 @@ class Pools(nn.Module):
     named: Tensor
     edit_M: Tensor
     home_M: Tensor
-    main_PSC: Tensor
-    rest_P: Tensor
+    sketch_PSC: Tensor
     draw_SD: Tensor
 
     def __init__(
@@ -53,7 +52,7 @@ class Pools(nn.Module):
     ) -> None:
         super().__init__()
         out, self.inputs = shape_oi
-        directions = min(directions, out, width)
+        self.directions = min(directions, out, width)
         self.is_whole = width == self.inputs
         blank = torch.zeros(0, device=device, dtype=torch.float32)
         index = torch.zeros(0, device=device, dtype=torch.long)
@@ -67,12 +66,11 @@ class Pools(nn.Module):
         self.register_buffer("named", torch.zeros((), device=device, dtype=torch.long))
         self.register_buffer("edit_M", index.clone())
         self.register_buffer("home_M", index.clone())
+        rows = self.directions + RANDOM if self.directions else 0
         seeded = torch.Generator().manual_seed(0)
-        draw_SD = torch.randn(directions, out, generator=seeded, dtype=torch.float32)
+        draw_SD = torch.randn(rows, out, generator=seeded, dtype=torch.float32)
         self.register_buffer("draw_SD", draw_SD.to(device), persistent=False)
-        main_PSC = blank.new_zeros(0, directions, width)
-        self.register_buffer("main_PSC", main_PSC, persistent=False)
-        self.register_buffer("rest_P", blank.clone(), persistent=False)
+        self.register_buffer("sketch_PSC", blank.new_zeros(0, rows, width), persistent=False)
 
     def __len__(self) -> int:
         return len(self.deltas)
@@ -85,30 +83,34 @@ class Pools(nn.Module):
     @property
     def tables(self) -> dict[str, Tensor]:
         """All there is to the pools, as it is now; setting it goes back, but for used names."""
-        own = {name: buffer.clone() for name, buffer in self.named_buffers()}
-        return {**own, "deltas": self.deltas.data}
+        own = {name: b.clone() for name, b in self.named_buffers() if name != "sketch_PSC"}
+        return {**own, "deltas": self.deltas.data, "sketch_PSC": self.sketch_PSC}
 
     @tables.setter
     def tables(self, tables: dict[str, Tensor]) -> None:
-        for name, table in tables.items():
-            if name == "deltas":
-                self.deltas.data = table
-            elif name != "named":
-                setattr(self, name, table.clone())
+        self.deltas.data, self.sketch_PSC = tables["deltas"], tables["sketch_PSC"]
+        for name in tables.keys() - {"deltas", "sketch_PSC", "named"}:
+            setattr(self, name, tables[name].clone())
 
     # products
 
     def stacked(self, x_BTF: Tensor, pools: list[int] | None = None) -> Tensor:
-        """Return what all pools (or some) add to the output, fp32 [B, T, P, D]."""
-        picked = slice(None) if pools is None else pools
-        return self._product(x_BTF, self.deltas.detach()[picked], self.columns_PC[picked])
+        """Return what all pools (or some) add to the output, fp32 [B, T, P, D].
 
-    def projected(self, x_BTF: Tensor) -> Tensor:
-        """Return the main part of what all pools add to the output, fp32 [B, T, P, S].
-
-        It is no longer than the whole, and shorter by at most `rest_P` times the input's norm.
+        Some take a product each: a single one would first copy their weights.
         """
-        return self._product(x_BTF, self.main_PSC, self.columns_PC)
+        if pools is None:
+            return self._product(x_BTF, self.deltas.detach(), self.columns_PC)
+        return torch.stack([self._alone(x_BTF.float(), pool) for pool in pools], dim=2)
+
+    def bounds(self, x_BTF: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is at most, and what is at least, as long as what all pools add, fp32.
+
+        [B, T, P, M] and [B, T, P, S]. The former holds always. The latter is too short for one in
+        1e10 inputs, whatever they and the changes are: its random rows depend on neither.
+        """
+        sketched_BTPS = self._product(x_BTF, self.sketch_PSC, self.columns_PC)
+        return sketched_BTPS[..., : self.directions], sketched_BTPS
 
     def _product(self, x_BTF: Tensor, matrices_PxC: Tensor, columns_PC: Tensor) -> Tensor:
         pools, many, _ = matrices_PxC.shape
@@ -130,10 +132,13 @@ class Pools(nn.Module):
         """
         change_RTD = x_RTF.new_empty(*x_RTF.shape[:2], self.deltas.shape[1], dtype=torch.float32)
         for pool, rows in groups:
-            x = x_RTF[rows].float()
-            x = x if self.is_whole else x[..., self.columns_PC[pool]]
-            change_RTD[rows] = F.linear(x, self.deltas.detach()[pool])
+            change_RTD[rows] = self._alone(x_RTF[rows].float(), pool)
         return change_RTD
+
+    def _alone(self, x_RTF: Tensor, pool: int) -> Tensor:
+        """Return what one pool adds to the output."""
+        x_RTC = x_RTF if self.is_whole else x_RTF[..., self.columns_PC[pool]]
+        return F.linear(x_RTC, self.deltas.detach()[pool])
 
     # writing
 
@@ -142,8 +147,7 @@ class Pools(nn.Module):
         before_DC = self.deltas.data[pool, :, : delta_DC.shape[1]]
         moved = float((delta_DC - before_DC).norm())
         before_DC.copy_(delta_DC)
-        main_PSC, rest_P = self._split(pool, pool + 1)
-        self.main_PSC[pool], self.rest_P[pool] = main_PSC[0], rest_P[0]
+        self.sketch_PSC[pool] = self._sketched(pool)
         return moved
 
     def append(self, delta_DC: Tensor, columns_C: Tensor | None) -> int:
@@ -159,11 +163,8 @@ class Pools(nn.Module):
         self.open_P = torch.cat([self.open_P, torch.ones_like(self.floor_P[:1]).bool()])
         self.name_P = torch.cat([self.name_P, self.named[None]])
         self.named = self.named + 1
-        last = len(self) - 1
-        main_PSC, rest_P = self._split(last, last + 1)
-        self.main_PSC = _appended(self.main_PSC, main_PSC[0])
-        self.rest_P = torch.cat([self.rest_P, rest_P])
-        return last
+        self.sketch_PSC = _appended(self.sketch_PSC, self._sketched(len(self) - 1))
+        return len(self) - 1
 
     def dense(self, pools: list[int]) -> Tensor:
         """Return the changes of some pools at all inputs, fp32 [len(pools), D, F]."""
@@ -213,32 +214,30 @@ class Pools(nn.Module):
         """Pool of each edit."""
         return dict(zip(self.edit_M.tolist(), self.home_M.tolist(), strict=True))
 
-    def _split(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Split the changes of pools first to last - 1 into where each moves most and the rest.
+    def _sketched(self, pool: int) -> Tensor:
+        """Return the sketch of a pool's change, [S, C].
 
-        The directions come of one step of subspace iteration from fixed random ones; they are
-        orthonormal, so |main x| <= |change x| <= |main x| + rest |x| whatever they are.
-
-        Returns:
-            The changes' coordinates in those directions [P, S, C], and a bound of the spectral norm
-            of what they leave out, R: its Schatten 8-norm, |(R R')^2|_F^(1/4) [P].
+        First its coordinates in M orthonormal directions in which it moves most, by one step of
+        subspace iteration from random ones; then random mixtures of what they leave out, which
+        keep the squared norm in the mean (Johnson-Lindenstrauss), made `WIDER` times as long.
         """
-        deltas_PDC = self.deltas.detach()[first:last]
-        if len(self.draw_SD) == 0:  # nobody asks for bounds, which cost a product of D x D x C
-            return deltas_PDC[:, :0], deltas_PDC.new_full(deltas_PDC.shape[:1], torch.inf)
-        across_PSC = torch.einsum("sd,pdc->psc", self.draw_SD, deltas_PDC)
-        inward_PCS = torch.linalg.qr(across_PSC.transpose(1, 2)).Q
-        outward_PDS = torch.linalg.qr(deltas_PDC @ inward_PCS).Q
-        main_PSC = outward_PDS.transpose(1, 2) @ deltas_PDC
-        rest_PDC = deltas_PDC - outward_PDS @ main_PSC
-        square_PDD = rest_PDC @ rest_PDC.transpose(1, 2)
-        return main_PSC, torch.linalg.matrix_norm(square_PDD @ square_PDD) ** 0.25
+        delta_DC, many = self.deltas.detach()[pool], self.directions
+        if many == 0:
+            return delta_DC[:0]
+        inward_CM = torch.linalg.qr((self.draw_SD[:many] @ delta_DC).T).Q
+        outward_DM = torch.linalg.qr(delta_DC @ inward_CM).Q
+        main_MC = outward_DM.T @ delta_DC
+        random_RD = self.draw_SD[many:]
+        rest_RC = random_RD @ delta_DC - (random_RD @ outward_DM) @ main_MC
+        return torch.cat([main_MC, WIDER * RANDOM**-0.5 * rest_RC])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept pools that have come and gone since."""
         fit_to(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.main_PSC, self.rest_P = self._split(0, len(self))
+        self.sketch_PSC = self.sketch_PSC.new_empty(len(self), len(self.draw_SD), self.width)
+        for pool in range(len(self)):
+            self.sketch_PSC[pool] = self._sketched(pool)
 
 
 def _appended(table_PxC: Tensor, row_xC: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 A prompt's score in a pool is how far that pool moves the layer's output at the prompt's tokens. A
 pool claims what exceeds a share of the smallest score among its own edits and, where scores of
-other edits are known, those too. All pools are scored in one product. Where many keep few inputs,
-the directions in which each moves the output most bound the scores first, and only pools that may
-win are scored.
+other edits are known, those too. All pools are scored in one product; where they are many, that of
+their sketches bounds the scores first, and only pools that may win are scored.
 
 Legend: D layer output, P pools, B rows asked about, R rows that are answered, T tokens.
 """
@@ -50,8 +49,9 @@ class SideRouting:
         pick: Of several pools the largest multiple of its threshold (`relative`), of its own edits'
             mean score (`typical`; REPAIR moves it so that edits find their pools), or at all, as
             `released`.
-        sketch: Directions by which scores in many pools with masks of whole columns are bounded
-            first, which spares those that cannot win; 0 scores all.
+        sketch: Main directions of each change by which raw scores in many pools are bounded first,
+            which spares those that cannot win; a prompt that no pool claims is told the nearest by
+            its bound. 0 scores all.
     """
 
     act_ratio: float = 0.5
@@ -95,8 +95,7 @@ class SideMemory(RoutedLayer):
         super().__init__(base_layer)
         self.routing = routing
         self.act = act
-        is_whole = width == self.shape_oi[1]  # and hardly of low rank
-        is_bounded = routing.score == "raw" and routing.pick != "released" and not is_whole
+        is_bounded = routing.score == "raw" and routing.pick != "released"
         directions = routing.sketch if is_bounded else 0
         self.pools = Pools(self.shape_oi, width, directions, self.device)
 
@@ -156,14 +155,15 @@ class SideMemory(RoutedLayer):
         if self.routing.over == "all" and x_BTF.shape[1] > LONG:
             return self.choose(self._longest(x_BTF))
         many = len(self.pools)
-        if len(self.pools.draw_SD) == 0 or many <= FEW:
+        if self.pools.directions == 0 or many <= FEW:
             return self.choose(self.scores(x_BTF, prompt_BT))
-        pools = self._contenders(x_BTF, prompt_BT)
-        if 4 * len(pools) > many:  # to pick weights is to copy them
-            return self.choose(self.scores(x_BTF, prompt_BT))
-        score_BP = torch.zeros(len(x_BTF), many, device=x_BTF.device)
-        score_BP[:, pools] = self.scores(x_BTF, prompt_BT, pools)
-        return self.choose(score_BP)
+        least_BP, may_win_BP = self._contenders(x_BTF, prompt_BT)
+        pools, score_BP = may_win_BP.any(0).nonzero()[:, 0].tolist(), least_BP.clone()
+        if 2 * len(pools) > many:  # one product is faster then
+            score_BP = self.scores(x_BTF, prompt_BT)
+        elif pools:
+            score_BP[:, pools] = self.scores(x_BTF, prompt_BT, pools)
+        return self.choose(score_BP.where(may_win_BP, least_BP))
 
     def _read(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tokens that a score may look at: one a row where that is the last."""
@@ -173,19 +173,19 @@ class SideMemory(RoutedLayer):
         last_B = _last(prompt_BT).int().argmax(1)
         return x_BTF[rows_B, last_B][:, None], torch.ones_like(prompt_BT[:, :1])
 
-    def _contenders(self, x_BTF: Tensor, prompt_BT: Tensor) -> list[int]:
-        """Return the pools that may exceed their threshold, or come nearest to it, for some row."""
-        main_BP = torch.cat([
-            self.score(x, self.pools.projected(x), prompt)
-            for x, prompt in _chunks(x_BTF, prompt_BT, self.pools.main_PSC[..., 0].numel())
-        ])  # fmt: skip
-        rest_BP = self.score(x_BTF, x_BTF, prompt_BT)[:, None] * self.pools.rest_P
+    def _contenders(self, x_BTF: Tensor, prompt_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return lower bounds of all scores, and which pools may be picked, both [B, P]."""
+        found = []
+        for x, prompt in _chunks(x_BTF, prompt_BT, self.pools.sketch_PSC[..., 0].numel()):
+            found.append([self.score(x, part, prompt) for part in self.pools.bounds(x)])
+        least_BP = (1 - SLACK) * torch.cat([least for least, _ in found])
+        most_BP = (1 + SLACK) * torch.cat([most for _, most in found])
         threshold_P = self.threshold_P.clamp_min(TINY)
-        lower_BP = (1 - SLACK) * main_BP / threshold_P
-        upper_BP = (1 + SLACK) * (main_BP + rest_BP) / threshold_P
-        may_win_BP = upper_BP >= lower_BP.amax(1, keepdim=True).clamp_max(1)
-        found: list[int] = may_win_BP.any(0).nonzero()[:, 0].tolist()
-        return found
+        is_typical = self.routing.pick == "typical"
+        unit_P = self.pools.typical_P.clamp_min(TINY) if is_typical else threshold_P
+        sure_BP = (least_BP / unit_P).masked_fill(least_BP <= threshold_P, 0)  # pass in any case
+        may_win_BP = most_BP / unit_P >= sure_BP.amax(1, keepdim=True)
+        return least_BP, may_win_BP & (most_BP > threshold_P)
 
     def _seen(self, x_BTF: Tensor, change_BTD: Tensor) -> Tensor:
         """Return a change of the output as the score sees it."""

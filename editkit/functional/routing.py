@@ -53,12 +53,13 @@ def pick_typical(score_BP: Tensor, threshold_P: Tensor, typical_P: Tensor) -> tu
         typical_P: Mean score of each memory's own edits.
 
     Returns:
-        Index or -1, int64 [B]; and the largest multiple of a threshold [B].
+        Index or -1, int64 [B]; and the multiple of its threshold, or of any that comes nearest [B].
     """
     ratio_BP = score_BP / threshold_P.clamp_min(TINY)
     share_BP = (score_BP / typical_P.clamp_min(TINY)).masked_fill(ratio_BP <= 1, -1)
     best_B, pool_B = share_BP.max(1)
-    return pool_B.where(best_B >= 0, -1), ratio_BP.amax(1)
+    is_found_B, ratio_B = best_B >= 0, ratio_BP.gather(1, pool_B[:, None])[:, 0]
+    return pool_B.where(is_found_B, -1), ratio_B.where(is_found_B, ratio_BP.amax(1))
 
 
 def pick_released(score_BP: Tensor, threshold_P: Tensor, open_P: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from editkit.adapters.pools import Pools
+from editkit.adapters.pools import RANDOM, WIDER, Pools
 from editkit.adapters.routed import groups_of
 
 CPU = torch.device("cpu")
@@ -50,17 +50,39 @@ def test_grouped_products_are_those_of_each_row(filled):
     assert torch.allclose(pools.grouped(x, groups_of(slot)), wanted, atol=1e-5)
 
 
-def test_a_projection_shortens_and_keeps_all_that_its_directions_span(filled):
+def test_bounds_hold_and_meet_where_the_directions_span_a_change(filled):
     pools, _ = filled
     x = draw(2, 3, IN, seed=9)
-    found, exact = pools.projected(x).norm(dim=-1), pools.stacked(x).norm(dim=-1)
-    assert (found <= exact * (1 + 1e-5)).all()
-    spanned = [p for p in range(4) if pools.dense([p])[0].any(0).sum() <= len(pools.draw_SD)]
-    spanned = spanned or [0, 1, 2, 3] * (len(pools.draw_SD) == OUT)
-    assert len(spanned) >= 3
-    assert torch.allclose(found[..., spanned], exact[..., spanned], rtol=1e-4)
+    exact = pools.stacked(x).norm(dim=-1)
+    least, most = (part.norm(dim=-1) for part in pools.bounds(x))
+    assert (least <= exact * (1 + 1e-5)).all()
+    assert (most >= exact * (1 - 1e-5)).all()
+    for bound in (least, most):  # the last pool may keep more inputs than there are directions
+        assert torch.allclose(bound[..., :3], exact[..., :3], rtol=1e-4)
     pools.write(1, 2 * pools.deltas.detach()[1])
-    assert torch.allclose(pools.projected(x)[:, :, 1].norm(dim=-1), 2 * found[:, :, 1], rtol=1e-4)
+    assert torch.allclose(pools.bounds(x)[0][:, :, 1].norm(dim=-1), 2 * least[:, :, 1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_random_rows_stand_for_what_the_main_directions_leave_out(rank):
+    pools = Pools((60, 50), 50, 4, CPU)
+    for p in range(20):
+        pools.append(draw(60, rank, seed=p) @ draw(rank, 50, seed=p + 100), None)
+    x = draw(30, 10, 50, seed=9)
+    exact = pools.stacked(x).norm(dim=-1)
+    main, whole = pools.bounds(x)
+    least, most = main.norm(dim=-1), whole.norm(dim=-1)
+    assert (least <= exact * (1 + 1e-5)).all()
+    assert (most >= exact * (1 - 1e-5)).all()
+    left_out = exact.square() - least.square()
+    found = (most.square() - least.square()) / WIDER**2
+    if rank < 4:  # nothing is left out
+        assert torch.allclose(least, exact, rtol=1e-4)
+        assert torch.allclose(most, exact, rtol=1e-4)
+    else:  # 6000 norms of 64 random rows
+        assert torch.allclose(found.mean(), left_out.mean(), rtol=0.05)
+        assert ((found / left_out).std() - (2 / RANDOM) ** 0.5).abs() < 0.05
+        assert least.mean() < 0.8 * exact.mean()
 
 
 def test_edits_move_and_pools_go(filled):

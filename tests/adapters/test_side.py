@@ -46,14 +46,20 @@ def test_bounds_change_no_route(noise, kept, over, pick):
     want_B, ratio_B = memory.choose(memory.scores(x_BTF, prompt_BT))
     assert 0 < (want_B < 0).sum() < 200
     assert len(want_B.unique()) > 4
+    is_found_B, whole = want_B >= 0, memory.route(x_BTF, prompt_BT)
+    assert torch.allclose(whole.match_B[is_found_B], ratio_B[is_found_B], rtol=1e-5)
+    assert (whole.match_B[~is_found_B] <= ratio_B[~is_found_B] * (1 + 1e-5)).all()
+    assert whole.match_B[~is_found_B].sum() > 0.6 * ratio_B[~is_found_B].sum()
     for rows in (slice(None), slice(120, 121), slice(40, 44)):
         route = memory.route(x_BTF[rows], prompt_BT[rows])
         assert torch.equal(route.slot_B, want_B[rows])
-        assert torch.allclose(route.match_B, ratio_B[rows], rtol=1e-5)
+        assert torch.allclose(route.match_B, whole.match_B[rows], rtol=1e-5)
 
 
-def test_pools_that_cannot_win_are_not_scored(monkeypatch):
-    memory = filled(0.0, F // 2, sketch=8)
+@pytest.mark.parametrize("kept", [F, F // 2])
+@pytest.mark.parametrize("pick", ["relative", "typical"])
+def test_pools_that_cannot_win_are_not_scored(monkeypatch, kept, pick):
+    memory = filled(0.0, kept, pick=pick, sketch=8)
     exactly, asked = memory.scores, []
 
     def scores(x_BTF, prompt_BT, pools=None):
@@ -66,9 +72,10 @@ def test_pools_that_cannot_win_are_not_scored(monkeypatch):
     for row in ((slot_B < 0).nonzero()[-1], (slot_B >= 0).nonzero()[0]):
         memory.route(x_BTF[row], prompt_BT[row])
     assert max(asked) < MANY // 4
-    memory.pools.floor_P *= 1e6  # nothing matches: only the nearest is scored
-    memory.route(x_BTF[[120]], prompt_BT[[120]])
-    assert asked[-1] == 1
+    many = len(asked)
+    memory.pools.floor_P *= 1e6  # nothing can match
+    assert memory.route(x_BTF[[120]], prompt_BT[[120]]).slot_B == -1
+    assert len(asked) == many
 
 
 def test_bounds_follow_what_is_written_dropped_and_loaded():
@@ -80,21 +87,20 @@ def test_bounds_follow_what_is_written_dropped_and_loaded():
     for made in (memory, again):
         x_BTF, _ = prompts(50)
         exact = made.pools.stacked(x_BTF).norm(dim=-1)
-        main = made.pools.projected(x_BTF).norm(dim=-1)
-        rest = made.pools.rest_P * x_BTF.norm(dim=-1, keepdim=True)
+        least, most = (part.norm(dim=-1) for part in made.pools.bounds(x_BTF))
         assert len(made.pools) == MANY - 2
-        assert (main <= exact * (1 + 1e-5)).all()
-        assert (exact <= (main + rest) * (1 + 1e-5)).all()
-        assert (rest < 0.5 * made.pools.deltas.norm(dim=(1, 2)) * x_BTF.norm(dim=-1)[..., None])[
-            1:
-        ].all()
+        assert (least <= exact * (1 + 1e-5)).all()
+        assert (exact <= most * (1 + 1e-5)).all()
+        exact_P, least_P, most_P = (norm.mean((0, 1)) for norm in (exact, least, most))
+        assert (least_P > 0.9 * exact_P).all()
+        assert (most_P < 1.2 * exact_P).all()
 
 
-def test_without_bounds_nothing_is_split(monkeypatch):
+@pytest.mark.parametrize("without", [{"sketch": 0}, {"score": "wise"}, {"pick": "released"}])
+def test_without_bounds_nothing_is_sketched(monkeypatch, without):
     monkeypatch.setattr(torch.linalg, "qr", None)
-    memory = filled(0.1, F)  # whole changes are scored in one product
-    assert memory.pools.main_PSC.shape == (MANY, 0, F)
-    assert memory.pools.rest_P.isinf().all()
+    memory = filled(0.1, F, **without)  # all are scored in one product
+    assert memory.pools.sketch_PSC.shape == (MANY, 0, F)
     memory.write(3, memory.pools.deltas.detach()[5], None)
     x_BTF, prompt_BT = prompts(50)
     want_B, _ = memory.choose(memory.scores(x_BTF, prompt_BT))

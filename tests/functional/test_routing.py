@@ -54,7 +54,9 @@ def test_a_memory_without_a_threshold_never_fires():
 def test_a_memory_must_exceed_its_threshold_and_be_most_in_its_own():
     score = torch.tensor([[4.0, 9.0], [4.0, 1.0], [0.5, 1.0]])
     threshold, typical = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 12.0])
-    assert pick_typical(score, threshold, typical)[0].tolist() == [0, 0, -1]
+    pool, ratio = pick_typical(score, threshold, typical)
+    assert pool.tolist() == [0, 0, -1]
+    assert ratio.tolist() == [4.0, 4.0, 0.5]  # of its own threshold, not the largest
 
 
 def released(score, threshold, live):
