@@ -2,17 +2,18 @@
 
 One run measures, in fp32 on a CPU and on fact-world's edits:
 
-- editing: seconds an edit of REPAIR, one edit at a time and a window at a time, and of the plain
-  loop, which is WISE as released: one descent an edit, all blocks and the head on all rows and
-  tokens at every step; a dense side memory; shards of 5 edits, TIES of 3 shards. It has none of
-  REPAIR's checks, batches, distillation and second training, which count in REPAIR's time. All have
-  the same constants and the same stopping rule; what they made is asked by the same probes, on a
-  random Llama of 12 blocks (layer 9), on which no edit is ever done before its last step, and on
-  the packaged model, whose answers mean something;
+- editing: seconds an edit of REPAIR, one edit at a time and a window at a time, with its loop and
+  without, and of the plain loop, which is WISE as released: one descent an edit, all blocks and the
+  head on all rows and tokens at every step; a dense side memory; shards of 5 edits, TIES of 3
+  shards. It has none of REPAIR's checks, batches, distillation and second training, which count in
+  REPAIR's time. All have the same constants and the same stopping rule; what they made is asked by
+  the same probes, on the packaged model, whose answers mean something, and on a random Llama of 12
+  blocks (layer 9), on which no edit is ever done before its last step and half of them stay wrong,
+  so that the loop trains until its budget is spent;
 - routing: what 66 trained pools add to a forward pass that none of them answers (but for the first
   line), with masks of whole columns and of single weights, and what a Python loop over them takes.
 
-    python benchmarks/repair.py                  # about 25 minutes on a quiet core
+    python benchmarks/repair.py                  # about 40 minutes on a quiet core
     python benchmarks/repair.py --quick          # a smoke test
     python benchmarks/repair.py --only routing --out repair.json
 
@@ -238,8 +239,13 @@ def measure_editing(name: str, model: str, count: int, mask: str) -> dict[str, A
     slots = [handed.memory.route(*pair).slot_B for pair in handed.inputs(prompts)]
     looped = [plain.route(prompt) for prompt in prompts]
     assert torch.cat(slots).tolist() == looped, "loop and product over pools route differently"
-    for label, size in (("REPAIR, one at a time", 1), ("REPAIR, by windows", handed.shards.merge)):
-        method = start(REPAIR, model, layer, mask)
+    window = handed.shards.merge
+    for label, size, changes in (
+        ("REPAIR, one at a time", 1, {}),
+        ("REPAIR, by windows", window, {}),
+        ("REPAIR, by windows, no loop", window, {"loop": {"enabled": False}}),
+    ):
+        method = start(REPAIR, model, layer, mask, changes)
         with Seconds() as took:
             for i in range(0, count, size):
                 method.apply_edits(edits[i : i + size])
