@@ -315,6 +315,9 @@ def compare(case: Case, args: argparse.Namespace, few: int, mixed: bool) -> dict
             "engine": half, "speedup": {k: slow[k] / half[k] for k in slow},
             "speedup over the loop": {k: loop[k] / half[k] for k in loop},
             "least cosine of z": float(cosine.min()),
+            "FLOP/s of matmuls": [
+                matmul_rate("cpu", dtype, 1024) for dtype in (torch.float32, torch.bfloat16)
+            ],
         }  # fmt: skip
     result["ladder"] = ladder(case, min(args.ladder_edits, few), args.micro_batch)
     return result
@@ -382,14 +385,15 @@ def measure_cuda(count: int, micro_batch: int) -> dict[str, Any]:
     # plain products: the counter does not know fused attention over shared heads
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         engine(few, micro_batch)
-    peak, flops = matmul_rate(), counter.get_total_flops() / len(few.edits)
+    flops = counter.get_total_flops() / len(few.edits)
+    peak = matmul_rate("cuda", torch.bfloat16, 8192)
     rate = flops / seconds["wall"]
     return found | {"FLOP/s": rate, "FLOP/s of matmuls": peak, "share": rate / peak}
 
 
-def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
-    """Return the FLOP/s of large bf16 matrix products on the GPU, which stands for its peak."""
-    left = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+def matmul_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 20) -> float:
+    """Return the FLOP/s of large matrix products, which stands for a device's peak."""
+    left = torch.randn(size, size, device=device, dtype=dtype)
     left @ left
     took = Seconds()
     with took:
@@ -428,6 +432,9 @@ def show(name: str, result: dict[str, Any]) -> None:
     console.print(
         table, f"largest relative difference of z, keys, residuals: {result['distance']:.1e}"
     )
+    if "bf16-mixed" in result:
+        fp32, bf16 = (rate / 1e9 for rate in result["bf16-mixed"]["FLOP/s of matmuls"])
+        console.print(f"matrix products here: {fp32:.0f} GFLOP/s in fp32, {bf16:.0f} in bf16")
     steps = Table(title=f"{name}: shortcuts one after another, values only, ms an edit")
     for column in ("", "wall", "CPU", "times faster", "CPU saved of one at a time", "z differs"):
         steps.add_column(column, justify="left" if not column else "right")
