@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from editkit.adapters.base import fit_to
+from editkit.functional.routing import sketch
 
 PER_POOL = ("columns_PC", "floor_P", "typical_P", "outer_P", "open_P", "name_P", "sketch_PSC")
 RANDOM = 64  # random rows of a sketch
@@ -215,21 +216,12 @@ class Pools(nn.Module):
         return dict(zip(self.edit_M.tolist(), self.home_M.tolist(), strict=True))
 
     def _sketched(self, pool: int) -> Tensor:
-        """Return the sketch of a pool's change, [S, C].
-
-        First its coordinates in M orthonormal directions in which it moves most, by one step of
-        subspace iteration from random ones; then random mixtures of what they leave out, which
-        keep the squared norm in the mean (Johnson-Lindenstrauss), made `WIDER` times as long.
-        """
+        """Return the sketch of a pool's change, fp32 [S, C]; without `directions` S is 0."""
         delta_DC, many = self.deltas.detach()[pool], self.directions
         if many == 0:
             return delta_DC[:0]
-        inward_CM = torch.linalg.qr((self.draw_SD[:many] @ delta_DC).T).Q
-        outward_DM = torch.linalg.qr(delta_DC @ inward_CM).Q
-        main_MC = outward_DM.T @ delta_DC
-        random_RD = self.draw_SD[many:]
-        rest_RC = random_RD @ delta_DC - (random_RD @ outward_DM) @ main_MC
-        return torch.cat([main_MC, WIDER * RANDOM**-0.5 * rest_RC])
+        with torch.autocast(delta_DC.device.type, enabled=False):
+            return sketch(delta_DC, self.draw_SD[:many], self.draw_SD[many:], WIDER)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept pools that have come and gone since."""

@@ -1,6 +1,7 @@
 """Routing scores of side memories (WISE, arXiv 2405.14768; REPAIR, arXiv 2510.01879, eq. 2-3).
 
-Legend: B rows, T tokens, D layer output, P memories ("pools").
+Legend: B rows, T tokens, D layer output, P memories ("pools"), C kept inputs, M main directions,
+R random rows.
 """
 
 from __future__ import annotations
@@ -31,6 +32,28 @@ def largest_norms(change_BTD: Tensor, counted_BT: Tensor) -> Tensor:
     return norm_BT.masked_fill(~counted_BT, 0).amax(1)
 
 
+def sketch(delta_DC: Tensor, start_MD: Tensor, random_RD: Tensor, wider: float) -> Tensor:
+    """Return rows [M + R, C] whose product with an input bounds the norm of a change's own.
+
+    The first M are the change's coordinates in orthonormal directions in which it moves most, by
+    one step of subspace iteration (Halko, Martinsson & Tropp 2011): |first x| <= |delta x|.
+    The others mix at random what those leave out: their squared norm is wider^2 times that of the
+    rest, in the mean, and of it a chi^2 of R degrees over R (Johnson & Lindenstrauss 1984), so
+    |all x| < |delta x| only where chi^2 < R / wider^2.
+
+    Args:
+        delta_DC: The change, fp32.
+        start_MD: Where the directions start from; M is at most D and C.
+        random_RD: Standard normal numbers that neither the change nor inputs depend on.
+        wider: Factor of the random rows.
+    """
+    inward_CM = torch.linalg.qr((start_MD @ delta_DC).T).Q
+    outward_DM = torch.linalg.qr(delta_DC @ inward_CM).Q
+    main_MC = outward_DM.T @ delta_DC
+    rest_RC = random_RD @ delta_DC - (random_RD @ outward_DM) @ main_MC
+    return torch.cat([main_MC, wider * len(random_RD) ** -0.5 * rest_RC])
+
+
 def pick_relative(score_BP: Tensor, threshold_P: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the memory whose score is the largest multiple of its threshold.
 
@@ -53,7 +76,7 @@ def pick_typical(score_BP: Tensor, threshold_P: Tensor, typical_P: Tensor) -> tu
         typical_P: Mean score of each memory's own edits.
 
     Returns:
-        Index or -1, int64 [B]; and the multiple of its threshold, or of any that comes nearest [B].
+        Index or -1, int64 [B]; and the multiple of its threshold, or the largest of all, fp32 [B].
     """
     ratio_BP = score_BP / threshold_P.clamp_min(TINY)
     share_BP = (score_BP / typical_P.clamp_min(TINY)).masked_fill(ratio_BP <= 1, -1)

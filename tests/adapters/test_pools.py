@@ -85,6 +85,17 @@ def test_random_rows_stand_for_what_the_main_directions_leave_out(rank):
         assert least.mean() < 0.8 * exact.mean()
 
 
+def test_a_bound_fails_once_in_1e10_and_is_made_in_fp32_in_every_precision():
+    half, limit = torch.tensor(RANDOM / 2).double(), torch.tensor(RANDOM / WIDER**2 / 2).double()
+    assert torch.special.gammainc(half, limit) < 1e-10  # chi^2 below RANDOM / WIDER^2
+    made = []
+    for is_mixed in (False, True):
+        made.append(Pools((60, 50), 50, 4, CPU))
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+            made[-1].append(draw(60, 50), None)
+    assert torch.equal(made[0].sketch_PSC, made[1].sketch_PSC)
+
+
 def test_edits_move_and_pools_go(filled):
     pools, dense = filled
     pools.house([10, 11], 1)

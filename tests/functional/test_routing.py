@@ -11,6 +11,7 @@ from editkit.functional.routing import (
     pick_relative,
     pick_released,
     pick_typical,
+    sketch,
 )
 
 INF = float("inf")
@@ -34,6 +35,17 @@ def test_a_score_of_no_change_has_a_gradient_of_zero():
     change = torch.zeros(2, 3, 4, requires_grad=True)
     mean_norms(change, torch.ones(2, 3).bool()).sum().backward()
     assert torch.equal(change.grad, torch.zeros_like(change))
+
+
+def test_a_sketch_keeps_main_coordinates_and_random_ones_of_the_rest():
+    delta, start, random = draw(12, 9), draw(3, 12, seed=1), draw(5, 12, seed=2)
+    found = sketch(delta, start, random, 2.0)
+    # the same space by plain products: one step of (delta delta') from the starts
+    basis = torch.linalg.svd(delta @ delta.T @ start.T, full_matrices=False).U
+    kept = basis @ basis.T
+    assert torch.allclose(found[:3].T @ found[:3], delta.T @ kept @ delta, atol=1e-4)
+    rest = random @ (torch.eye(12) - kept) @ delta
+    assert torch.allclose(found[3:], 2 / 5**0.5 * rest, atol=1e-4)
 
 
 def test_the_largest_multiple_of_a_threshold_is_picked():
