@@ -97,6 +97,8 @@ def _past(method: LocateThenEdit, site: Site, stream: int) -> int:
     The sums that take the place of more are smaller.
     """
     rules, inputs, outputs = method.rules, site.in_features, site.out_features
+    if rules.summed:
+        return 8 * inputs * (inputs + outputs)
     count = min(stream, inputs)
     if not rules.remembers:  # pairs are kept for undo alone
         return 0 if rules.masked or rules.queue else count * (4 * inputs + 8 * outputs)

@@ -30,11 +30,21 @@ class Rules:
         remembers: Solve with the keys of earlier batches.
         masked: What is written is not all that was solved for.
         queue: Hold the whole change back as LyapLock does; none holds increments back.
+        shrinks: The penalty weighs the norm of increments, too, whatever the queue does.
     """
 
     remembers: bool = False
     masked: bool = False
     queue: QueueSettings | None = None
+    shrinks: bool = False
+
+    @property
+    def summed(self) -> bool:
+        """Whether a site keeps sums over its past from the start: its steps depend on their order.
+
+        Without a queue they do not, for then all pairs are held back alike.
+        """
+        return self.queue is not None and self.shrinks
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,7 @@ class Regression:
         blank = cls(rules, penalty, kept_FF, shape_oi, None)
         if not rules.remembers and (rules.masked or rules.queue):
             return blank  # neither solving nor undoing asks for the past
-        form = Grams if rules.queue is not None and penalty.shrink > 0 else Pairs
+        form = Grams if rules.summed else Pairs
         return replace(blank, past=form.none(shape_oi, device))
 
     def step(self, batch: Batch) -> tuple[Tensor, Regression]:
@@ -135,7 +145,7 @@ class Regression:
         """Return why an edit cannot be taken out, or None where it can."""
         if self.rules.masked:
             return "only the largest entries of what a batch solves for are written"
-        if self.rules.queue is not None and (not self.rules.remembers or self.penalty.shrink > 0):
+        if self.rules.summed or (self.rules.queue is not None and not self.rules.remembers):
             return "with a queue its steps depend on the order of all edits before them"
         if not isinstance(self.past, Pairs):
             return (
@@ -183,7 +193,7 @@ class Regression:
         rules, past = self.rules, self.past
         if rules.queue is None:
             return False
-        if rules.masked or not rules.remembers or self.penalty.shrink > 0 or past is None:
+        if rules.masked or not rules.remembers or rules.summed or past is None:
             return True
         return past.kappa != self.queue.kappa
 

@@ -62,7 +62,7 @@ class AlphaEdit(LocateThenEdit):
     @property
     def rules(self) -> Rules:
         """Remember all keys."""
-        return Rules(remembers=True, queue=self.queue)
+        return Rules(remembers=True, queue=self.queue, shrinks=True)
 
     def penalty(self, site: Site, cov_FF: Tensor) -> Penalty:
         """Return L2 I; with a queue also lambda P C0 P. Finds the projector on the way."""

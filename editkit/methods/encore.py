@@ -62,7 +62,7 @@ class ENCORE(LocateThenEdit):
     @property
     def rules(self) -> Rules:
         """Remember all keys."""
-        return Rules(remembers=True, queue=self.queue)
+        return Rules(remembers=True, queue=self.queue, shrinks=self.norm_weight > 0)
 
     def penalty(self, site: Site, cov_FF: Tensor) -> Penalty:
         """Return lambda C0 + lambda_n I."""

@@ -15,6 +15,7 @@ from editkit.api import load
 from editkit.edits import Edit
 from editkit.functional.grams import Grams
 from editkit.functional.pairs import Pairs
+from editkit.functional.queue import QueueSettings
 from editkit.functional.spectral import null_projector, preservation_loss
 from editkit.methods import locate
 from editkit.methods.alphaedit import AlphaEdit
@@ -327,6 +328,19 @@ def test_the_memory_of_a_past_is_forecast(make, drawn, cls, count):
     alone = make(ROME).method
     one, ten = (work_of(alone, n, count) for n in (1, 10))
     assert (ten.passes, ten.solves, ten.rows) == (10 * one.passes, 10 * one.solves, one.rows)
+
+
+@pytest.mark.parametrize("cls", [AlphaEdit, ENCORE])
+def test_the_memory_of_sums_kept_from_the_start_is_forecast(make, drawn, cls):
+    """Under a queue a penalty on increments needs them, however few edits there are."""
+    lm = make(cls, queue=QueueSettings())
+    for batch in stream(8, 4):
+        lm.edit_batch(batch)
+    pasts = [regression.past for regression in lm.method.regressions.values()]
+    sums = [t for past in pasts for t in (past.keys_FF, past.targets_DF)]
+    assert all(past.inverse_FF is None for past in pasts)
+    found = work_of(lm.method, 4, 8).held["earlier edits"]
+    assert found == sum(t.numel() * t.element_size() for t in sums)
 
 
 def test_the_queue_bounds_the_drift_of_what_is_written(make, drawn):
