@@ -16,7 +16,7 @@ test: $(STAMP) browser  ## lint, types, tests with coverage, notebooks
 	$(BIN)/mypy
 	$(BIN)/pytest -n auto --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=90
 
-figures: $(STAMP)  ## measure the README's table again (about 10 minutes)
+figures: $(STAMP)  ## measure the table of plain fine-tuning again (about 10 minutes)
 	$(BIN)/python experiments/figures.py
 
 soak: $(STAMP)  ## kill runs at random moments, feed them bad input, and count (minutes)

@@ -1,7 +1,7 @@
-"""Measure the README's table: `make figures`.
+"""Measure the table of plain fine-tuning: `make figures`.
 
 Each run is one `editkit fit`; the table is read from the runs' own summaries and written between
-the README's markers.
+the markers in the README of this folder.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ def table(summaries: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    """Run everything and write the table into the README."""
+    """Run everything and write the table into its place."""
     text = table({name: run(name, arguments) for name, arguments in METHODS.items()})
     for folder in RUNS.iterdir():
         kept = RESULTS / folder.name
         kept.mkdir(parents=True, exist_ok=True)
         for file in ("summary.json", "config.yaml"):
             shutil.copy(folder / file, kept / file)
-    readme = ROOT / "README.md"
+    readme = ROOT / "experiments" / "README.md"
     begin, end = "<!-- figures: begin -->", "<!-- figures: end -->"
     head, rest = readme.read_text().split(begin)
     _, tail = rest.split(end)
