@@ -1,7 +1,7 @@
 """What `editkit plan` predicts of memory, beside what a run then takes.
 
     python benchmarks/plan.py                   a random Llama of 166 million parameters
-    python benchmarks/plan.py --methods ft      one method of three
+    python benchmarks/plan.py --methods ft      one method of six
 
 Each plan and each run is a process of its own, on the CPU; the run's peak is its `summary.json`'s.
 """
@@ -26,11 +26,15 @@ WIDTHS = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
     "vocab_size": 32000, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
 }  # fmt: skip
+SUBJECTS = [f"{first}{last}" for first in ("Al", "Be", "Co", "Do") for last in ("ba", "ra", "ta")]
 TEXT = "the capital of every land is a town where someone lives and works"
 CONFIGS = {
     "ft": ["--model.steps=3"],
     "memit": ["--model.search.steps=3", "--model.layers=[2,3,4]"],
     "memoir": ["--model.steps=2"],
+    "grace": ["--model.steps=2"],
+    "wise": ["--model.fitting.steps=2"],
+    "repair": ["--model.fitting.steps=2", "--model.loop.enabled=false"],
 }
 
 
@@ -43,7 +47,7 @@ def options(folder: Path, method: str) -> list[str]:
         "--model.evaluation.max_new_tokens=3", f"--trainer.default_root_dir={folder / method}",
         "--trainer.enable_progress_bar=false", *CONFIGS[method],
     ]  # fmt: skip
-    if method != "ft":
+    if method not in ("ft", "grace"):
         found.append(f"--model.corpus={folder / 'corpus.txt'}")
     return found
 
@@ -68,7 +72,7 @@ def main() -> None:
         (folder / "corpus.txt").write_text("\n".join(corpus * 3))
         rows = [
             {"prompt": f"the capital of {subject} is", "target": "Oslo", "subject": subject}
-            for subject in ("Alba", "Bera", "Cora", "Dora")
+            for subject in SUBJECTS
         ]
         (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
         for method in args.methods:

@@ -112,8 +112,9 @@ def forecast(method: EditModule, data: EditDataModule, trainer: Trainer) -> Fore
     busy = "making edits" if editing >= scoring else "scoring"
     parts[busy] = max(editing, scoring)
     flops = work.passes * 6 * work.rows * length * wide.parameters_above(work.above) + work.solves
-    checkpoints = 2 * (adapter + sum(work.held.values()) // 2)
-    disk = {"adapter": adapter, "checkpoints": checkpoints, "kept in the cache": work.kept}
+    checkpoints = 2 * (adapter + work.saved + (sum(work.held.values()) - work.saved) // 2)
+    disk = {"adapter": adapter + work.saved, "checkpoints": checkpoints}
+    disk["kept in the cache"] = work.kept
     disk["probes"] = ROW * len(data.probes) * (2 + len(str(len(data.edits))))
     advice = {
         "the base model": "set --model.lm.dtype bfloat16, or take a smaller model",

@@ -12,6 +12,7 @@ from math import ceil
 import torch
 
 from editkit.adapters.base import EditLayer
+from editkit.growth import growth_of
 from editkit.lm.editable import EditableLM
 from editkit.lm.sites import Site
 from editkit.methods.base import EditModule
@@ -26,7 +27,8 @@ class Work:
     Args:
         held: Bytes held throughout, by what they are for.
         step: Bytes held while a batch is edited.
-        kept: Bytes on disk beside adapter and checkpoints.
+        saved: Bytes of what is held that adapter and checkpoints have, too.
+        kept: Bytes on disk beside them.
         rows: Rows that are trained on.
         passes: Passes forward and back over the blocks from `above` on.
         above: First block that these passes run.
@@ -36,6 +38,7 @@ class Work:
 
     held: dict[str, int] = field(default_factory=dict)
     step: int = 0
+    saved: int = 0
     kept: int = 0
     rows: int = 1
     passes: float = 1.0
@@ -113,12 +116,16 @@ def _(method: MemoryEdit, edits: int, stream: int) -> Work:
     share = min(
         1.0, edits * getattr(method.memory, "k", method.site.in_features) / method.site.in_features
     )
+    grown = growth_of(method, stream)
     return Work(
-        step=int(4 * 4 * parameters * share),
+        held={"earlier edits": grown.saved + grown.derived},
+        # tables are joined beside the old ones
+        step=int(4 * 4 * parameters * share) + grown.saved + grown.derived + grown.scratch,
+        saved=grown.saved,
         rows=contexts * edits,
         passes=getattr(method, "steps", 30),
         above=method.site.layer,
-        setting="lower --data.edits_per_step",
+        setting=grown.setting,
     )
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "editkit"
 FLOORS = {
     "edits": 0, "functional": 0, "descend": 0, "parallel": 0, "adapters": 1, "lm": 2, "data": 3,
     "metrics": 3, "methods": 4, "callbacks": 5, "export": 6, "api": 6, "composition": 6, "verbs": 6,
-    "plan": 6, "workload": 6, "strategy": 6, "trainer_cli": 6, "cli": 6,
+    "plan": 6, "workload": 6, "growth": 6, "strategy": 6, "trainer_cli": 6, "cli": 6,
     "__main__": 6, "report": 6, "harness": 6, "retention": 6, "study": 6,
 }  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")

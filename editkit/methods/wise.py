@@ -41,9 +41,9 @@ Deviations:
 Undo is exact where an edit has a pool to itself; otherwise it shares weights and is refused.
 
 Costs: one D x F matrix in fp32 for each pool (Llama-3-8B: 235 MB), with `mask: columns` the share
-`density` of that for a shard, and `routing.sketch` + 64 rows beside its D. Blocks below the site
-run once for each edit. Among many pools a prompt is compared with those rows first, and with the
-few pools whole that it may belong to.
+of inputs that the shards of a merged pool draw between them, and `routing.sketch` + 64 rows beside
+its D. Blocks below the site run once for each edit. Among many pools a prompt is compared with
+those rows first, and with the few pools whole that it may belong to.
 """
 
 from __future__ import annotations
