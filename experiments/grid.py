@@ -2,7 +2,8 @@
 
 `experiments/grids/NAME.yaml` names the methods, seeds and options. Each cell is one `editkit fit`
 of its own; a cell that is done is not run again, so a killed grid goes on where it was. What came
-out is written to `experiments/results/NAME/`: `numbers.json`, `table.md` and `curves.svg`.
+out is written to `experiments/results/NAME/`: `numbers.json`, `table.md` and `curves.svg`. With
+`--numbers` nothing is run: table and curves are made again from the numbers.
 """
 
 from __future__ import annotations
@@ -172,6 +173,11 @@ def by_edits_lines(methods: dict) -> list[str]:
             means = [mean(v) for v in values]
             root = (means[0] * means[1] * means[2]) ** (1 / 3)
             row.append(" / ".join(f"{m:.2f}" for m in means) + f", {root:.2f}")
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    lines += ["", "Perplexity by edits seen, mean of the seeds:", "", *lines[3:5]]
+    for method, n in methods.items():
+        columns = [[p["perplexity"] for p in points] for points in zip(*n["by_edits"], strict=True)]
+        row = ["-" if None in column else f"{mean(column):.2f}" for column in columns]
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     return lines
 
@@ -349,15 +355,24 @@ def main() -> None:
     parser.add_argument("name", help="name of a file in experiments/grids")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--only", nargs="*", help="labels of the methods to run")
+    parser.add_argument("--numbers", action="store_true", help="run nothing, draw from the numbers")
     args = parser.parse_args()
+    folder = RESULTS / args.name
+    if args.numbers:
+        show(json.loads((folder / "numbers.json").read_text()), folder)
+        return
     grid = yaml.safe_load((ROOT / "experiments" / "grids" / f"{args.name}.yaml").read_text())
     wanted = [(m, s) for m, s in cells(grid) if args.only is None or m in args.only]
     os.chdir(ROOT)
     run_cells([cell_of(args.name, grid, *point) for point in wanted], args.jobs, print)
     found = collect(args.name, grid)
-    folder = RESULTS / args.name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "numbers.json").write_text(json.dumps(found, indent=1) + "\n")
+    show(found, folder)
+
+
+def show(found: dict, folder: Path) -> None:
+    """Write table and curves, and print the table."""
     (folder / "table.md").write_text(table(found))
     curves(found, folder / "curves.svg")
     print(table(found))

@@ -146,3 +146,20 @@ def test_the_table_has_scores_by_edits_seen_and_where_prompts_went():
     assert "| x | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.500 | 0.250 |" in lines
     assert lines[-1] == "| x | 3 |"
     assert grid.shared([{}, *summaries], "loop") is None
+
+
+def test_scores_and_perplexity_are_told_by_edits_seen():
+    """Two seeds, two milestones; a kind without a probe is told as missing."""
+    points = [
+        [
+            {"edits": 10, "reliability": r, "generalization": r, "locality": 0.5, "perplexity": p},
+            {"edits": 20, "reliability": 1.0, "generalization": None, "locality": 1.0,
+             "perplexity": None},
+        ]
+        for r, p in ((1.0, 3.0), (0.5, 5.0))
+    ]  # fmt: skip
+    lines = grid.by_edits_lines({"FT": {"by_edits": points}})
+    assert lines[3:6] == [
+        "| edits | 10 | 20 |", "|---|---|---|", "| FT | 0.75 / 0.75 / 0.50, 0.66 | - |"
+    ]  # fmt: skip
+    assert lines[9:] == ["| edits | 10 | 20 |", "|---|---|---|", "| FT | 4.00 | - |"]
