@@ -125,14 +125,19 @@ def test_a_run_without_a_queue_has_no_drift(tmp_path):
 
 def test_the_table_has_scores_by_edits_seen_and_where_prompts_went():
     def point(edits, *values):
-        return dict(zip(("edits", *grid.MAIN), (edits, *values), strict=True))
+        return dict(zip(("edits", *grid.MAIN, "perplexity"), (edits, *values), strict=True))
 
     seeds = [
-        [point(1, 1, 1, None), point(9, 0.6, 0.5, 1)],
-        [point(1, 1, 1, None), point(9, 1, 1, 1)],
+        [point(1, 1, 1, None, None), point(9, 0.6, 0.5, 1, 3.0)],
+        [point(1, 1, 1, None, 2.0), point(9, 1, 1, 1, 5.0)],
     ]
     lines = grid.by_edits_lines({"x": {"by_edits": seeds}})
-    assert lines[-1] == "| x | - | 0.80 / 0.75 / 1.00, 0.84 |"
+    assert lines[3:6] == [
+        "| edits | 1 | 9 |",
+        "|---|---|---|",
+        "| x | - | 0.80 / 0.75 / 1.00, 0.84 |",
+    ]
+    assert lines[9:] == ["| edits | 1 | 9 |", "|---|---|---|", "| x | - | 4.00 |"]
     rates = {name: {"value": 0.25, "low": 0, "high": 1} for name in grid.RATES}
     summaries = [
         {"routing": rates, "loop": {"rebuilt": 2.0, "right_pool": 1.0}},
@@ -146,20 +151,3 @@ def test_the_table_has_scores_by_edits_seen_and_where_prompts_went():
     assert "| x | 0.250 | 0.250 | 0.250 | 0.250 | 0.250 | 0.500 | 0.250 |" in lines
     assert lines[-1] == "| x | 3 |"
     assert grid.shared([{}, *summaries], "loop") is None
-
-
-def test_scores_and_perplexity_are_told_by_edits_seen():
-    """Two seeds, two milestones; a kind without a probe is told as missing."""
-    points = [
-        [
-            {"edits": 10, "reliability": r, "generalization": r, "locality": 0.5, "perplexity": p},
-            {"edits": 20, "reliability": 1.0, "generalization": None, "locality": 1.0,
-             "perplexity": None},
-        ]
-        for r, p in ((1.0, 3.0), (0.5, 5.0))
-    ]  # fmt: skip
-    lines = grid.by_edits_lines({"FT": {"by_edits": points}})
-    assert lines[3:6] == [
-        "| edits | 10 | 20 |", "|---|---|---|", "| FT | 0.75 / 0.75 / 0.50, 0.66 | - |"
-    ]  # fmt: skip
-    assert lines[9:] == ["| edits | 10 | 20 |", "|---|---|---|", "| FT | 4.00 | - |"]
