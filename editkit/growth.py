@@ -46,7 +46,7 @@ def _(method: GRACE, stream: int) -> Growth:
 
 @growth_of.register
 def _(method: MEMOIR, stream: int) -> Growth:
-    masks = stream * 8 * method.memory.keys.bits_KW.shape[1]
+    masks = stream * 8 * (method.memory.keys.bits_KW.shape[1] + 3)  # and whose each is
     return Growth(masks + (4 * method.site.in_features**2 if method.shield else 0))
 
 

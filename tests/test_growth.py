@@ -69,5 +69,5 @@ def test_keys_and_values_of_grace(tiny):
 @pytest.mark.parametrize("shield", [0.0, 1.0])
 def test_masks_of_memoir_and_its_shield(tiny, shield):
     lm = written(tiny, MEMOIR, steps=2, k=8, shield=shield, prefixes=[])
-    own = grown(lm, ("keys.bits_KW", "gram_FF"))
+    own = grown(lm, ("bits_KW", "edit_K", "slot_K", "text_K", "gram_FF"))
     assert growth_of(lm.method, len(EDITS)).saved == own

@@ -79,7 +79,16 @@ class Regression:
         shape_oi: tuple[int, int],
         saved: dict[str, Any] | None = None,
     ) -> Regression:
-        """Return a site without a past, or with one that `state` took apart."""
+        """Return a site without a past, or with one that `state` took apart.
+
+        Raises:
+            ValueError: If rules and penalty say different things of the norm of increments.
+        """
+        if rules.queue is not None and rules.shrinks != (penalty.shrink > 0):
+            raise ValueError(
+                f"the penalty weighs the norm of increments by {penalty.shrink}, and the rules say "
+                f"shrinks={rules.shrinks}; under a queue both must agree"
+            )
         device = cov_FF.device if rules.remembers else torch.device("cpu")
         kept_FF = cov_FF if rules.queue is not None else None
         if saved is not None:

@@ -16,6 +16,7 @@ from editkit.edits import Edit
 from editkit.functional.grams import Grams
 from editkit.functional.pairs import Pairs
 from editkit.functional.queue import QueueSettings
+from editkit.functional.regression import Rules
 from editkit.functional.spectral import null_projector, preservation_loss
 from editkit.methods import locate
 from editkit.methods.alphaedit import AlphaEdit
@@ -341,6 +342,18 @@ def test_the_memory_of_sums_kept_from_the_start_is_forecast(make, drawn, cls):
     assert all(past.inverse_FF is None for past in pasts)
     found = work_of(lm.method, 4, 8).held["earlier edits"]
     assert found == sum(t.numel() * t.element_size() for t in sums)
+
+
+def test_rules_that_forget_the_norm_of_increments_are_refused_under_a_queue(
+    make, drawn, monkeypatch
+):
+    def forgetful(method):
+        return Rules(remembers=True, queue=method.queue)
+
+    monkeypatch.setattr(ENCORE, "rules", property(forgetful))
+    make(ENCORE).edit_batch(stream(2, 2)[0])  # without a queue it makes no difference
+    with pytest.raises(ValueError, match=r"increments by 0\.5, and the rules say shrinks=False"):
+        make(ENCORE, queue=QueueSettings()).edit_batch(stream(2, 2)[0])
 
 
 def test_the_queue_bounds_the_drift_of_what_is_written(make, drawn):
